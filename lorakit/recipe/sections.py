@@ -1,0 +1,259 @@
+"""The recipe language on one page: every section, key, type, range and default.
+
+The models are frozen, strict and closed: an unknown key is an error. The `adapter` section is
+validated by the chosen method's own settings, which the reader is handed, so this file knows no
+method but the default's name. A path stays as the user wrote it; `Recipe.origin` says which
+folder it is relative to.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SerializeAsAny,
+    WithJsonSchema,
+)
+
+from lorakit.errors import Place
+
+DEFAULT_METHOD = "lora"
+
+Metric = Literal["loss", "perplexity", "token_accuracy", "exact_match", "json_valid", "stop_rate"]
+Normalization = Literal["strip", "casefold", "punctuation", "number", "json"]
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _as_sources(value: Any) -> Any:
+    """Turn a path, a source or a list of either into a tuple of sources."""
+    entries = value if isinstance(value, list | tuple) else [value]
+    return tuple({"path": entry} if isinstance(entry, str) else entry for entry in entries)
+
+
+def _as_held_out(value: Any) -> Any:
+    """Keep a fraction as it is; everything else names sources."""
+    is_fraction = isinstance(value, int | float) or value is None
+    return value if is_fraction else _as_sources(value)
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+
+
+class Section(BaseModel):
+    """One block of a recipe."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class Model(Section):
+    """The base model, and how it is held in memory. The short form is `model: PATH`."""
+
+    path: str = Field(min_length=1, description="hub id, local folder, or a .gguf file")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    quantization: Literal["none"] = Field("none", description="how base weights are stored")
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="auto: bf16 where the device is fast at it, else fp16 on a GPU, fp32 on a CPU"
+    )
+    attention: Literal["auto", "sdpa", "flash", "eager"] = Field(
+        "auto", description="attention kernel; auto: packed attention without a mask where possible"
+    )
+    trust_remote_code: bool = Field(
+        False, description="run the model's own code; needs --allow-remote-code as well"
+    )
+
+
+class Adapter(Section):
+    """The adapter: `method` names a file in `lorakit/adapters/`, whose settings are the other keys."""
+
+    method: str = Field(DEFAULT_METHOD, description="see `lorakit methods`")
+
+
+class Source(Section):
+    """Rows to read. The short form is a path or a hub id."""
+
+    path: str = Field(min_length=1, description="a .jsonl, .json, .csv or .parquet file, or a hub id")
+    split: str | None = Field(None, description="split of a hub data set, written like train[:100]")
+    format: str | None = Field(None, description="as data.format, for this source alone")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="field of the format: column of the file"
+    )
+    weight: float = Field(1.0, gt=0, description="repeats per epoch; 0.5 takes half of the rows")
+    max_samples: int | None = Field(None, ge=1, description="take only this many rows")
+
+
+Sources = Annotated[
+    tuple[Source, ...],
+    BeforeValidator(_as_sources),
+    Field(min_length=1),
+]
+HeldOut = Annotated[
+    Annotated[float, Field(gt=0, lt=1)] | Annotated[tuple[Source, ...], Field(min_length=1)] | None,
+    BeforeValidator(_as_held_out),
+]
+
+
+class Data(Section):
+    """What to learn from: rows, their format, the template and the loss mask."""
+
+    train: Sources = Field(description="path, hub id, source, or a list of them")
+    eval: HeldOut = Field(None, description="a fraction of train, or a path, source or list")
+    format: str = Field(
+        "auto",
+        description="auto, messages, prompt_completion, alpaca, sharegpt, text, or module:function",
+    )
+    chat_template: str = Field(
+        "auto", description="auto: the tokenizer's own; else a name or a .jinja file"
+    )
+    system: str | None = Field(None, description="system message for rows that have none")
+    train_on: Literal["completions", "last", "all"] = Field(
+        "completions", description="which tokens count: every answer, the last answer, or all"
+    )
+    max_length: int = Field(2048, ge=8, description="longest row in tokens")
+    too_long: Literal["drop", "truncate", "error"] = Field(
+        "drop", description="what happens to longer rows; always counted and reported"
+    )
+    packing: bool | Literal["dense"] = Field(
+        True,
+        description="true: the rows of a step, packed without seeing each other; "
+        "dense: best fit over the data set, train.batch_size counts packs; false: padded",
+    )
+
+
+class Skip(Section):
+    """Leave out this many non-finite steps before stopping."""
+
+    skip: int = Field(ge=1)
+
+
+class Train(Section):
+    """The loop: how long, how fast, how often it looks and saves."""
+
+    epochs: float = Field(1.0, gt=0, description="passes over the data; the smaller of this and max_steps stops")
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps")
+    batch_size: int = Field(
+        16, ge=1, description="sequences per optimizer step over all devices and micro-batches"
+    )
+    micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="sequences per forward pass; auto: at most 2,048 tokens"
+    )
+    learning_rate: float = Field(2e-4, gt=0, description="highest learning rate")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        "cosine", description="after warm-up; wsd: constant, then down over the last fifth"
+    )
+    warmup: float = Field(0.03, ge=0, description="below 1 a fraction of the steps, else steps")
+    optimizer: Literal["adamw"] = Field("adamw", description="fp32 states")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled; not on biases and norms")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        "auto", description="recompute activations in the backward pass; auto: only if memory asks"
+    )
+    deterministic: bool = Field(False, description="bit-equal runs on CUDA too, slower")
+    on_non_finite: Literal["stop"] | Skip = Field(
+        "stop", description="a loss or gradient that is not finite: stop, or {skip: N} steps"
+    )
+    log_every: int = Field(10, ge=1, description="steps")
+    eval_every: Literal["epoch"] | Annotated[int, Field(ge=1)] = Field(
+        "epoch", description="steps, or epoch"
+    )
+    save_every: Literal["epoch"] | Annotated[int, Field(ge=1)] = Field(
+        "epoch", description="steps, or epoch"
+    )
+    keep_checkpoints: int = Field(2, ge=2, description="the newest; the best is kept besides")
+
+
+class Generate(Section):
+    """How answers are generated for the metrics that need them."""
+
+    max_new_tokens: int = Field(128, ge=1)
+    temperature: float = Field(0.0, ge=0, description="0 is greedy")
+
+
+class Gate(Section):
+    """A bound on one metric: a number, or `base` or `baseline` with +, -, * and %."""
+
+    min: float | str | None = Field(None, description="at least this")
+    max: float | str | None = Field(None, description="at most this")
+    confidence: float | None = Field(
+        None, gt=0.5, lt=1, description="the bound must hold at this one-sided confidence"
+    )
+
+
+class Eval(Section):
+    """Metrics of the adapter and of the base, and the gates that decide the exit code."""
+
+    data: Annotated[tuple[Source, ...], Field(min_length=1)] | None = Field(
+        None, description="else data.eval"
+    )
+    metrics: Annotated[tuple[Metric, ...], BeforeValidator(_as_tuple)] = Field(
+        ("loss", "perplexity"), min_length=1
+    )
+    normalize: Annotated[tuple[Normalization, ...], BeforeValidator(_as_tuple)] = Field(
+        ("strip",),
+        description="before exact_match compares; number: the last number, json: parsed values",
+    )
+    generate: Generate = Generate()
+    gates: dict[Metric, Gate] = Field(default_factory=dict)
+
+
+class Merge(Section):
+    """The merged model, written after training when enabled."""
+
+    enabled: bool = False
+    dtype: Literal["keep", "bf16", "fp16", "fp32"] = Field("keep", description="keep: the base's own")
+    out: str = Field("{output_dir}/merged", min_length=1)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a recipe came from, for paths that are relative to it and for messages about it."""
+
+    path: Path
+    text: bytes
+    places: dict[tuple[str | int, ...], Place] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.path.name.removesuffix(self.path.suffix)
+
+    @property
+    def folder(self) -> Path:
+        return self.path.parent
+
+    def place(self, *key: str | int) -> Place:
+        """Return where a key stands, or the nearest section above it that the file has."""
+        while key and key not in self.places:
+            key = key[:-1]
+        return self.places.get(key, Place(str(self.path)))
+
+
+class Recipe(Section):
+    """A whole run, defaults filled in."""
+
+    model: Model
+    task: Literal["causal-lm"] = Field("causal-lm", description="what the model is trained to do")
+    adapter: SerializeAsAny[Adapter] = Adapter()
+    data: Data
+    train: Train = Train()
+    eval: Eval = Eval()
+    merge: Merge = Merge()
+    output_dir: str = Field("runs/{name}", min_length=1, description="{name} is the recipe's file name")
+    seed: int = Field(42, ge=0, lt=2**63)
+
+    _origin: Origin = PrivateAttr(default_factory=lambda: Origin(Path("recipe.yaml"), b""))
+
+    @property
+    def origin(self) -> Origin:
+        return self._origin
+
+    @property
+    def run_folder(self) -> Path:
+        """The run's folder, relative to the working folder."""
+        return Path(self.output_dir.replace("{name}", self.origin.name))
