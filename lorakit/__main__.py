@@ -1,0 +1,5 @@
+"""`python -m lorakit`."""
+
+from lorakit.cli.app import main
+
+main()

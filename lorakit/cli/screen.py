@@ -1,0 +1,269 @@
+"""What every command shares: its options, its two streams, its errors and their exit codes.
+
+stdout carries the result, stderr everything else. `@command` adds the common options to a
+command function, hands it a `Screen` as first argument and turns errors into one message.
+"""
+
+import inspect
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal, TextIO
+
+import typer
+from rich.console import Console, RenderableType
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lorakit import __version__, environment
+from lorakit.errors import (
+    BUG_EXIT_CODE,
+    BUG_ID,
+    BadInput,
+    CheckFailed,
+    EnvironmentLacks,
+    LorakitError,
+    Notice,
+    RecipeError,
+)
+from lorakit.storage.redact import redact
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a packaged recipe.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one key of the recipe; repeatable."),
+]
+AllowRemoteCode = Annotated[
+    bool, typer.Option("--allow-remote-code", help="Let the model's own code run.")
+]
+AllowLocalCode = Annotated[
+    bool, typer.Option("--allow-local-code", help="Let a module:function named by the recipe run.")
+]
+
+Color = Literal["auto", "always", "never"]
+
+
+class Screen:
+    """Where a command writes: the result on stdout, everything else on stderr."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        json: bool = False,
+        quiet: bool = False,
+        debug: bool = False,
+        strict: bool = False,
+        offline: bool = False,
+        color: Color = "auto",
+    ) -> None:
+        self.name, self.json, self.quiet, self.debug, self.strict = name, json, quiet, debug, strict
+        self.offline = offline or environment.offline()
+        self.out = _console(sys.stdout, color)
+        self.err = _console(sys.stderr, color)
+        self.notices: list[Notice] = []
+        self._log: Path | None = None
+
+    @property
+    def live(self) -> bool:
+        """Tell whether stderr is a terminal that may be redrawn."""
+        return self.err.is_terminal and not self.quiet
+
+    @property
+    def color(self) -> bool:
+        """Tell whether stdout may carry colour."""
+        return self.out.color_system is not None
+
+    def log_to(self, path: Path) -> None:
+        """From now on add what stderr shows, plain, to this file as well."""
+        self._log = path
+
+    def say(self, text: str) -> None:
+        """Write one line of progress on stderr."""
+        text = self._clean(text)
+        self._note(text)
+        if not self.quiet:
+            self.err.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def notice(self, *notices: Notice) -> None:
+        """Show warnings on stderr, once each, and remember them for the JSON document.
+
+        Raises:
+            CheckFailed: with `--strict`, for the first one.
+        """
+        for notice in notices:
+            if notice in self.notices:
+                continue
+            self.notices.append(notice)
+            text = self._clean(_block(f"warning[{notice.id}]", notice.message, notice.where, notice.help))
+            self._note(text)
+            self.err.print(_styled(text, "yellow"), highlight=False, soft_wrap=True)
+            if self.strict:
+                raise CheckFailed(
+                    "check.strict", f"--strict: {notice.message}", where=notice.where, help=notice.help
+                )
+
+    def result(self, shown: RenderableType, data: dict[str, Any], *, exit: int = 0) -> None:
+        """Write the result on stdout: as text, or as one JSON document with `--json`."""
+        if self.json:
+            self._document(data, exit)
+        else:
+            self.out.print(shown, highlight=False, soft_wrap=True, markup=False)
+
+    @contextmanager
+    def progress(self, description: str, total: int | None) -> Iterator[Callable[[int], None]]:
+        """Show how far a long work is; yields a function that takes how many more are done."""
+        if not self.live:
+            self.say(f"{description} …")
+            yield lambda _: None
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.err, transient=True) as bar:
+            task = bar.add_task(description, total=total)
+            yield lambda more: bar.advance(task, more)
+
+    def fail(self, error: LorakitError) -> None:
+        """Show an error and, with `--json`, write its document."""
+        problems = error.problems if isinstance(error, RecipeError) else (error,)
+        for problem in problems:
+            if isinstance(error, RecipeError):
+                text = f"{problem.where}: {problem.message}"
+                text += f"; {problem.help}" if problem.help else ""
+            else:
+                text = _block(f"error[{problem.id}]", problem.message, problem.where, problem.help)
+            text = self._clean(text)
+            self._note(text)
+            self.err.print(_styled(text, "red"), highlight=False, soft_wrap=True)
+        if self.json:
+            described = [self._described(problem) for problem in problems]
+            several = {"errors": described} if isinstance(error, RecipeError) else {}
+            self._document({"error": described[0], **several}, error.exit_code)
+
+    def fail_unforeseen(self, error: BaseException) -> None:
+        """Report a bug in one line and write the traceback to a file only the user can read."""
+        text = self._clean("".join(traceback.format_exception(error)))
+        path = Path(f"lorakit-crash-{os.getpid()}.txt")
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(f"lorakit {__version__}, Python {sys.version}\n{text}")
+            where = str(path.resolve())
+        except OSError:
+            where = "nowhere (the working folder cannot be written)"
+        summary = self._clean(f"{type(error).__name__}: {error}".splitlines()[0][:300])
+        self.err.print(_styled(f"error[{BUG_ID}]: {summary}", "red"), highlight=False, soft_wrap=True)
+        self.err.print(f"  help:  this is a bug in lorakit; the traceback is in {where}", markup=False)
+        if self.json:
+            self._document({"error": {"id": BUG_ID, "message": summary}}, BUG_EXIT_CODE)
+
+    def _document(self, data: dict[str, Any], exit: int) -> None:
+        warnings = [{"id": n.id, "message": n.message} for n in self.notices]
+        document = {
+            "schema": f"lorakit.{self.name}/1",
+            "ok": exit == 0,
+            "exit": exit,
+            "lorakit_version": __version__,
+            "warnings": warnings,
+            **data,
+        }
+        sys.stdout.write(self._clean(json.dumps(document, indent=2, default=str)) + "\n")
+
+    def _described(self, error: LorakitError) -> dict[str, Any]:
+        where = error.where
+        return {
+            "id": error.id,
+            "message": error.message,
+            "hint": error.help,
+            "file": where.file if where else None,
+            "line": where.line if where else None,
+            "column": where.column if where else None,
+        }
+
+    def _clean(self, text: str) -> str:
+        return redact(text, environment.all_variables())
+
+    def _note(self, text: str) -> None:
+        if self._log:
+            with self._log.open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Make a Typer command of a function whose first parameter is the `Screen`."""
+
+    def run(
+        *,
+        json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+        quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+        debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+        strict: Annotated[bool, typer.Option("--strict", help="Treat warnings as errors.")] = False,
+        offline: Annotated[bool, typer.Option("--offline", help="Never reach the network.")] = False,
+        color: Annotated[Color, typer.Option("--color", help="Colour of the output.")] = "auto",
+        **arguments: Any,
+    ) -> None:
+        screen = Screen(
+            function.__name__, json=json, quiet=quiet, debug=debug, strict=strict, offline=offline, color=color
+        )
+        environment.quiet_libraries(offline=screen.offline)
+        try:
+            function(screen, **arguments)
+        except LorakitError as error:
+            if debug:
+                screen.err.print(escape("".join(traceback.format_exception(error))), highlight=False)
+            screen.fail(error)
+            raise typer.Exit(error.exit_code) from None
+        except (typer.Exit, typer.Abort, KeyboardInterrupt):
+            raise
+        except BrokenPipeError:
+            # The reader of stdout has gone; nobody is left to tell.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        except Exception as error:
+            if debug:
+                screen.err.print(escape("".join(traceback.format_exception(error))), highlight=False)
+            screen.fail_unforeseen(error)
+            raise typer.Exit(BUG_EXIT_CODE) from None
+
+    own = list(inspect.signature(function).parameters.values())[1:]
+    common = [p for p in inspect.signature(run).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    signature = inspect.Signature([p.replace(kind=p.KEYWORD_ONLY) for p in (*own, *common)])
+    run.__name__, run.__doc__ = function.__name__, function.__doc__
+    run.__signature__ = signature  # type: ignore[attr-defined]  # what Typer reads
+    run.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+    return run
+
+
+def missing_extra(package: str, extra: str) -> EnvironmentLacks:
+    """Make the error for an optional package that is not installed."""
+    return EnvironmentLacks(
+        "env.missing-package", f"{package} is not installed", help=f'pip install "lorakit[{extra}]"'
+    )
+
+
+def usage(message: str, help: str | None = None) -> BadInput:
+    """Make the error for arguments that do not fit together."""
+    return BadInput("usage", message, help=help)
+
+
+def _console(stream: TextIO, color: Color) -> Console:
+    plain = color == "never" or (color == "auto" and environment.variable("NO_COLOR") is not None)
+    force = True if color == "always" else None
+    return Console(file=stream, no_color=plain, force_terminal=force, color_system=None if plain else "auto")
+
+
+def _block(head: str, message: str, where: object, help: str | None) -> str:
+    lines = [f"{head}: {message}"]
+    if where:
+        lines.append(f"  where: {where}")
+    if help:
+        lines.append(f"  help:  {help}")
+    return "\n".join(lines)
+
+
+def _styled(text: str, color: str) -> str:
+    head, colon, rest = text.partition(":")
+    return f"[{color}]{escape(head)}[/]{colon}{escape(rest)}"
