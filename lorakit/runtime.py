@@ -1,0 +1,296 @@
+"""The machine a run has: device, processes, threads, memory, and the flag that stops it.
+
+The only place that asks which device is there or how many processes take part. One process is
+the path of eight: a sum over one process is the value itself.
+"""
+
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+
+import torch
+import torch.distributed
+
+from lorakit import environment
+from lorakit.errors import EnvironmentLacks, RunFailed
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# A collective that takes longer means that another process hangs.
+PATIENCE = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One process of a run: its device, its number and how many there are."""
+
+    device: torch.device
+    process: int = 0
+    processes: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.process == 0
+
+    @property
+    def lags(self) -> bool:
+        """Tell whether reading a number from the device would make the host wait for it."""
+        return self.device.type != "cpu"
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Add a tensor over all processes, in place.
+
+        Raises:
+            RunFailed: when another process has died or hangs.
+        """
+        if self.processes > 1:
+            try:
+                torch.distributed.all_reduce(tensor)
+            except RuntimeError as error:
+                raise RunFailed(
+                    "run.worker-died",
+                    f"process {self.process} of {self.processes} lost another one: {error}",
+                    help="the last checkpoint is intact: run the same command with --resume",
+                ) from error
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Tell whether the flag is set in any process."""
+        if self.processes == 1:
+            return flag
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
+
+    def wait(self) -> None:
+        """Wait until every process has come here."""
+        self.any(False)
+
+    def peak_bytes(self) -> int:
+        """Return the most memory in use so far: of the GPU's allocator, or resident on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def used_bytes(self) -> int:
+        """Return the memory in use now: of the GPU's allocator, or resident on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
+        return resident_bytes()
+
+    def free_bytes(self) -> int:
+        """Return the memory that can still be had on the device."""
+        if self.device.type == "cuda":
+            return torch.cuda.mem_get_info(self.device)[0]
+        return available_bytes()
+
+    def random_state(self) -> dict[str, torch.Tensor]:
+        """Return the state of every generator that training draws from."""
+        state = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def set_random_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Put back what `random_state` returned."""
+        torch.set_rng_state(state["cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], self.device)
+
+    def describe(self) -> str:
+        """Name the device for people and for `run.json`."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"cpu ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)"
+
+
+def start() -> Runtime:
+    """Choose the device, set the threads, and join the other processes where a launcher made some.
+
+    Raises:
+        EnvironmentLacks: when there are more processes on this machine than GPUs.
+    """
+    processes = int(environment.variable("WORLD_SIZE") or 1)
+    process = int(environment.variable("RANK") or 0)
+    local = int(environment.variable("LOCAL_RANK") or 0)
+    if not environment.variable("OMP_NUM_THREADS"):
+        torch.set_num_threads(max(1, usable_cores() // processes))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local >= torch.cuda.device_count():
+            raise EnvironmentLacks(
+                "env.missing-device",
+                f"process {process} wants GPU {local}, this machine has {torch.cuda.device_count()}",
+                help="lower --nproc",
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if processes > 1 and not torch.distributed.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(
+            backend, rank=process, world_size=processes, timeout=PATIENCE
+        )
+    return Runtime(device, process, processes)
+
+
+def launch(arguments: Sequence[str], processes: int) -> int:
+    """Run lorakit with these arguments in several processes on this machine; return the exit code.
+
+    The first process that fails decides the code; the others are then stopped. Signals are
+    passed on, so that every process saves and stops by itself.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = []
+    for process in range(processes):
+        place = {
+            "RANK": str(process),
+            "LOCAL_RANK": str(process),
+            "WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "lorakit", *arguments],
+                env={**environment.all_variables(), **place},
+                stdout=None if process == 0 else subprocess.DEVNULL,
+            )
+        )
+    for number in SIGNALS:
+        signal.signal(number, lambda received, _: [p.send_signal(received) for p in started])
+    return _first_failure(started)
+
+
+def _first_failure(started: list[subprocess.Popen[bytes]]) -> int:
+    code = 0
+    while any(running := [p.poll() is None for p in started]):
+        if code == 0:
+            code = next((p.returncode for p in started if p.returncode), 0)
+            if code and code != 75:
+                _stop([p for p, runs in zip(started, running, strict=True) if runs])
+        time.sleep(0.05)
+    return code or next((p.returncode for p in started if p.returncode), 0)
+
+
+def _stop(running: list[subprocess.Popen[bytes]]) -> None:
+    """Give the others a moment to say what they saw, then end them."""
+    deadline = time.monotonic() + 10
+    for other in running:
+        try:
+            other.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            other.kill()
+
+
+class Stop:
+    """A flag that the first SIGTERM, SIGINT or SIGUSR1 sets; a second one ends the process.
+
+    The handler does nothing else, so that it is safe wherever the signal arrives. Long work
+    polls `requested`.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+
+    @property
+    def requested(self) -> bool:
+        return self.signal is not None
+
+    def release(self) -> None:
+        """Put back the handlers that were there before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        if self.signal is not None:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.signal = signal.Signals(number)
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    """Choose what `model.dtype: auto` means: bf16 where the device is fast at it.
+
+    Else fp16 on a GPU, fp32 on a CPU.
+    """
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if native else torch.float16
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Turn `model.dtype` into a dtype this device can compute in.
+
+    Raises:
+        EnvironmentLacks: when an explicit dtype is not supported.
+    """
+    if name == "auto":
+        return best_dtype(device)
+    dtype = DTYPES[name]
+    if dtype is torch.bfloat16 and device.type == "cuda" and best_dtype(device) is not dtype:
+        major, minor = torch.cuda.get_device_capability(device)
+        raise EnvironmentLacks(
+            "env.dtype",
+            f"{torch.cuda.get_device_name(device)} (sm_{major}{minor}) has no native bf16",
+            help="set model.dtype to fp16 or auto",
+        )
+    return dtype
+
+
+def make_deterministic() -> None:
+    """Ask every kernel for bit-equal results; kernels that have none raise."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+
+
+def seed_everything(seed: int, process: int) -> None:
+    """Seed torch's generators; each process draws its own dropout."""
+    torch.manual_seed(seed + process)
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use: affinity and control-group quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
+            quota, period = file.read().split()
+        return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):
+        return cores
+
+
+def resident_bytes() -> int:
+    """Return this process's resident memory."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def available_bytes() -> int:
+    """Return the host memory that can still be had, within the control group's limit."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            rows = dict(line.split(":", 1) for line in file)
+        free = int(rows["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit_file:
+            limit = limit_file.read().strip()
+        with open("/sys/fs/cgroup/memory.current", encoding="ascii") as used_file:
+            return free if limit == "max" else min(free, int(limit) - int(used_file.read()))
+    except (OSError, ValueError):
+        return free
