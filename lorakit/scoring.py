@@ -1,0 +1,72 @@
+"""How well a model predicts rows: summed losses and hits, row by row.
+
+Training's evaluation and the `eval` command call the same function, so their numbers agree.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lorakit.data.batches import Batch
+from lorakit.model.loss import token_scores
+
+MASKED = -100
+
+
+@dataclass(frozen=True)
+class RowScore:
+    """One row: its negative log-likelihood summed over trained tokens, their number, argmax hits."""
+
+    row: int
+    nll: float
+    tokens: int
+    hits: int
+
+
+def score(model: PreTrainedModel, batches: Iterable[Batch]) -> list[RowScore]:
+    """Score every row of the batches, without gradients; rows come back in their own order."""
+    scores = []
+    with torch.no_grad():
+        for batch in batches:
+            nll, hits = token_scores(model, put(batch, model.device))
+            owner = _owners(batch)
+            values = torch.zeros(3, len(batch.rows), dtype=torch.float64)
+            for sums, tokens in zip(values, (nll, torch.ones_like(nll), hits), strict=True):
+                sums.index_add_(0, owner, tokens.to("cpu", torch.float64))
+            rows = zip(batch.rows, *values.tolist(), strict=True)
+            scores += [RowScore(row, nll, int(n), int(right)) for row, nll, n, right in rows]
+    return sorted(scores, key=lambda one: one.row)
+
+
+def mean_loss(scores: Sequence[RowScore]) -> float:
+    """Return the loss: the sum over all trained tokens, divided once by their number."""
+    return math.fsum(one.nll for one in scores) / max(1, sum(one.tokens for one in scores))
+
+
+def put(batch: Batch, device: torch.device) -> Batch:
+    """Move a batch to a device; on CUDA through pinned memory, without waiting."""
+    if device.type == "cpu":
+        return batch
+
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor.pin_memory().to(device, non_blocking=True)
+
+    return replace(
+        batch,
+        input_ids=moved(batch.input_ids),
+        labels=moved(batch.labels),
+        position_ids=moved(batch.position_ids),
+    )
+
+
+def _owners(batch: Batch) -> Tensor:
+    """Return for each trained token the index of its row within `batch.rows`."""
+    trained = batch.labels != MASKED
+    if batch.lengths is None:
+        return trained.nonzero()[:, 0]
+    ends = torch.tensor(batch.lengths).cumsum(0)
+    return torch.searchsorted(ends, trained[0].nonzero()[:, 0], right=True)
