@@ -90,18 +90,12 @@ class Runtime:
             return torch.cuda.mem_get_info(self.device)[0]
         return available_bytes()
 
-    def random_state(self) -> dict[str, torch.Tensor]:
-        """Return the state of every generator that training draws from."""
-        state = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state(self.device)
-        return state
+    def seed_step(self, seed: int, step: int) -> None:
+        """Seed the generators for one step: dropout is a function of seed, step and process.
 
-    def set_random_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Put back what `random_state` returned."""
-        torch.set_rng_state(state["cpu"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda"], self.device)
+        So a resumed run needs no saved generator, and evaluation between steps moves nothing.
+        """
+        torch.manual_seed((seed * 1_000_003 + step * self.processes + self.process) % 2**63)
 
     def describe(self) -> str:
         """Name the device for people and for `run.json`."""
@@ -252,11 +246,6 @@ def make_deterministic() -> None:
     """Ask every kernel for bit-equal results; kernels that have none raise."""
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
-
-
-def seed_everything(seed: int, process: int) -> None:
-    """Seed torch's generators; each process draws its own dropout."""
-    torch.manual_seed(seed + process)
 
 
 def usable_cores() -> int:

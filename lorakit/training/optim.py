@@ -17,14 +17,16 @@ WSD_DECAY = 0.2
 class Gradients:
     """All gradients in one fp32 buffer: one sum over processes, one norm, one fill with zeros.
 
-    Each parameter's `.grad` is a view of the buffer, so backward adds into it.
+    Each parameter's `.grad` is a view of the buffer, so backward adds into it. Two more places
+    travel with them: the step's loss, and how many processes were asked to stop.
     """
 
     def __init__(self, named: Mapping[str, nn.Parameter]) -> None:
         self.named = dict(named)
         parameters = self.named.values()
         first = next(iter(parameters))
-        self.flat = torch.zeros(sum(p.numel() for p in parameters), device=first.device)
+        self.buffer = torch.zeros(count(parameters) + 2, device=first.device)
+        self.flat, self.loss, self.stops = self.buffer[:-2], self.buffer[-2], self.buffer[-1]
         start = 0
         for parameter in parameters:
             stop = start + parameter.numel()
@@ -42,8 +44,8 @@ class Gradients:
         return norm
 
     def zero(self) -> None:
-        """Forget the gradients of the step."""
-        self.flat.zero_()
+        """Forget the gradients and the loss of the step."""
+        self.buffer.zero_()
 
     def watch(self) -> "Watch":
         """Begin to note which parameters the backward passes of one step reach."""
