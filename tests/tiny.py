@@ -70,7 +70,7 @@ def tiny_model(
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a byte-level tokenizer of 320 ids with a ChatML template.
+    """Return a byte-level tokenizer of at most 320 ids with a ChatML template.
 
     Ids 0 to 2 are `<|endoftext|>`, `<|im_start|>` and `<|im_end|>`, the end of a turn and of text.
     """

@@ -1,0 +1,110 @@
+"""The loss, a sum over trained tokens, without logits for tokens that are not trained.
+
+For known families the head's product, the softmax and the gradient of the hidden states are
+computed chunk by chunk in one pass (the head is frozen, so nothing else is needed); at no time
+are there logits for more than one chunk. Every other case asks the model for its logits of the
+trained rows.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+from transformers import PreTrainedModel
+
+from lorakit.model.families import plain_head
+from lorakit.model.inputs import Tokens, forward_inputs, trained_positions
+
+# Logits of one chunk in fp32: small enough for caches on a CPU, large enough to keep a GPU busy.
+CHUNK_BYTES = {"cpu": 64 << 20}
+CHUNK_BYTES_GPU = 256 << 20
+CHUNK_ROWS = (64, 1024)
+
+
+def token_loss(model: PreTrainedModel, batch: Tokens) -> Tensor:
+    """Return the sum of -log p over the trained tokens of a batch, in fp32 and with its graph."""
+    labels = batch.labels.to(model.device)
+    where = trained_positions(labels)
+    targets = labels.roll(-1, 1)[where]
+    head = plain_head(model)
+    if head is None:
+        return F.cross_entropy(_wide(_logits(model, batch, where)), targets, reduction="sum")
+    hidden = _hidden(model, batch, where)
+    return HeadLoss.apply(hidden, head.weight, head.bias, targets)
+
+
+@torch.no_grad()
+def token_scores(model: PreTrainedModel, batch: Tokens) -> tuple[Tensor, Tensor]:
+    """Return -log p in fp32 and whether argmax hits, for each trained token, row by row."""
+    labels = batch.labels.to(model.device)
+    where = trained_positions(labels)
+    targets = labels.roll(-1, 1)[where]
+    head = plain_head(model)
+    states = _logits(model, batch, where) if head is None else _hidden(model, batch, where)
+    nll = states.new_empty(len(targets), dtype=torch.float32)
+    hits = states.new_empty(len(targets), dtype=torch.bool)
+    for rows in _chunks(len(targets), model.config.get_text_config().vocab_size, states.device):
+        logits = states[rows] if head is None else head(states[rows])
+        nll[rows] = F.cross_entropy(_wide(logits), targets[rows], reduction="none")
+        hits[rows] = logits.argmax(-1) == targets[rows]
+    return nll, hits
+
+
+class HeadLoss(torch.autograd.Function):
+    """Cross-entropy of a frozen linear head, summed: hidden (n, dim), targets (n) to a scalar.
+
+    With p = softmax(h W' + b) the gradient of h is (p - onehot) W: it is ready in the forward
+    pass, chunk by chunk, and is all that is kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+    ) -> Tensor:
+        total = hidden.new_zeros((), dtype=_wide(hidden[:0]).dtype)
+        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for rows in _chunks(len(hidden), len(weight), hidden.device):
+            logp = _wide(F.linear(hidden[rows], weight, bias)).log_softmax(-1)
+            places = targets[rows, None]
+            total -= logp.gather(1, places).sum()
+            if grad is not None:
+                dlogits = logp.exp_()
+                dlogits.scatter_add_(1, places, -torch.ones_like(places, dtype=dlogits.dtype))
+                torch.mm(dlogits.to(weight.dtype), weight, out=grad[rows])
+        ctx.save_for_backward(grad)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, scale: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = ctx.saved_tensors
+        return grad * scale, None, None, None
+
+
+def _hidden(model: PreTrainedModel, batch: Tokens, where: Tensor) -> Tensor:
+    """Return the decoder's output at the chosen places, (n, dim)."""
+    hidden = model.base_model(**forward_inputs(model, batch)).last_hidden_state
+    return hidden.flatten(0, 1).index_select(0, where.flatten().nonzero().squeeze(1))
+
+
+def _logits(model: PreTrainedModel, batch: Tokens, where: Tensor) -> Tensor:
+    """Return the model's own logits at the chosen places, (n, vocabulary)."""
+    inputs = forward_inputs(model, batch)
+    kept = where.any(0).nonzero().squeeze(1)
+    logits: Tensor = model(**inputs, logits_to_keep=kept).logits
+    return logits[where[:, kept]]
+
+
+def _chunks(rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
+    """Cut rows so that the fp32 logits of one chunk stay within their share of memory."""
+    fewest, most = CHUNK_ROWS
+    budget = CHUNK_BYTES.get(device.type, CHUNK_BYTES_GPU)
+    size = max(fewest, min(most, budget // (4 * vocabulary)))
+    return (slice(start, start + size) for start in range(0, rows, size))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Return the tensor in fp32, or in fp64 when it is already that."""
+    return tensor if tensor.dtype is torch.float64 else tensor.float()

@@ -1,0 +1,191 @@
+"""Packed attention: equal to separate rows, blind across documents, equal to SDPA elsewhere."""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from lorakit.model import attention
+from lorakit.model.checkpointing import checkpoint_layers
+from lorakit.model.families import KNOWN
+from lorakit.model.inputs import forward_inputs
+from lorakit.model.loss import token_loss
+from tests.model.batches import Rows, documents, packed, padded
+from tests.tiny import FAMILIES, tiny_config, tiny_model
+
+torch.set_num_threads(1)
+
+LENGTHS = (9, 5, 5, 1, 12)
+
+
+def known_model(family: str, **changes: int) -> PreTrainedModel:
+    """Return a tiny fp64 model of a known family."""
+    if family in FAMILIES:
+        config = tiny_config(family, **changes)
+    else:
+        sizes = tiny_config("llama").to_dict() | {"head_dim": 8} | changes
+        kept = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+        kept += "num_key_value_heads max_position_embeddings bos_token_id eos_token_id pad_token_id "
+        kept += "head_dim sliding_window"
+        config = AutoConfig.for_model(
+            family, **{name: sizes[name] for name in kept.split() if name in sizes}
+        )
+        if "layer_types" in changes:
+            config.layer_types = ["sliding_attention"] * 2
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = AutoModelForCausalLM.from_config(config).double().eval()
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, 0, 0.3)
+    model.set_attn_implementation(attention.NAME)
+    return model
+
+
+def gradients(loss: Tensor, model: PreTrainedModel) -> dict[str, Tensor]:
+    named = dict(model.named_parameters())
+    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(parameter) if grad is None else grad
+        for (name, parameter), grad in zip(named.items(), grads, strict=True)
+    }
+
+
+def assert_equal_training(model: PreTrainedModel, batch: Rows, singles: list[Rows], tolerance: float) -> None:
+    one = token_loss(model, batch)
+    many = torch.stack([token_loss(model, single) for single in singles]).sum()
+    torch.testing.assert_close(one, many, rtol=tolerance, atol=tolerance)
+    expected = gradients(many, model)
+    for name, grad in gradients(one, model).items():
+        scale = expected[name].abs().max().item() + 1
+        torch.testing.assert_close(grad, expected[name], rtol=0, atol=tolerance * scale, msg=name)
+
+
+def plain(rows: list[tuple[Tensor, Tensor]]) -> list[Rows]:
+    return [padded([row]) for row in rows]
+
+
+@pytest.mark.parametrize("implementation", [attention.NAME, "sdpa", "eager"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_loss_and_gradients_equal_unpacked(
+    family: str, dtype: torch.dtype, tolerance: float, implementation: str
+) -> None:
+    model = tiny_model(family, dtype=dtype)
+    model.set_attn_implementation(implementation)
+    rows = documents(*LENGTHS)
+    if implementation == "eager":
+        tolerance = max(tolerance, 1e-6)  # its softmax is in fp32
+    assert_equal_training(model, packed(rows), plain(rows), tolerance)
+    assert_equal_training(model, padded(rows), plain(rows), tolerance)
+
+
+@pytest.mark.parametrize("family", sorted(KNOWN))
+def test_every_known_family_keeps_packed_documents_apart(family: str) -> None:
+    model = known_model(family)
+    rows = documents(*LENGTHS)
+    one = token_loss(model, packed(rows))
+    model.set_attn_implementation("sdpa")
+    many = sum(token_loss(model, single) for single in plain(rows))
+    torch.testing.assert_close(one, many, rtol=1e-11, atol=1e-11)
+    # And the loss above must not be the fast path's own idea of the model.
+    logits = [model(input_ids=ids[None]).logits[0] for ids, _ in rows]
+    reference = sum(
+        torch.nn.functional.cross_entropy(row[:-1], labels[1:], reduction="sum")
+        for row, (_, labels) in zip(logits, rows, strict=True)
+        if (labels != -100).any()
+    )
+    torch.testing.assert_close(one, reference, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_documents_are_blind_to_each_other_bit_for_bit(family: str, dtype: torch.dtype) -> None:
+    model = tiny_model(family, dtype=dtype)
+    model.set_attn_implementation(attention.NAME)
+    rows = documents(*LENGTHS)
+    before = model(**forward_inputs(model, packed(rows))).logits[0].split(LENGTHS)
+    for changed in range(len(rows)):
+        others = [row for row in rows]
+        ids, labels = rows[changed]
+        others[changed] = ((ids - 3 + 7) % 300 + 3, labels)
+        after = model(**forward_inputs(model, packed(others))).logits[0].split(LENGTHS)
+        for place in range(len(rows)):
+            assert torch.equal(before[place], after[place]) is (place != changed)
+
+
+def test_sliding_windows_are_honoured() -> None:
+    rows = documents(13, 4, 7)
+    model = known_model("mistral", sliding_window=4)
+    assert_equal_training(model, packed(rows), plain(rows), 1e-12)
+    ours = token_loss(model, padded(rows))
+    model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(ours, token_loss(model, padded(rows)), rtol=1e-12, atol=0)
+    wide = known_model("mistral", sliding_window=99)
+    assert abs(token_loss(wide, packed(rows)) - ours) > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_with_left_padding_equals_sdpa(family: str) -> None:
+    model = tiny_model(family)
+    ids = torch.randint(3, 300, (2, 6), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    outputs = []
+    for name in ("sdpa", attention.NAME):
+        model.set_attn_implementation(name)
+        outputs.append(
+            model.generate(
+                ids, attention_mask=mask, max_new_tokens=5, do_sample=False, eos_token_id=None
+            )
+        )
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpointed_layers_give_the_same_bits(family: str) -> None:
+    model = tiny_model(family)
+    model.set_attn_implementation(attention.NAME)
+    batch = packed(documents(*LENGTHS))
+    kept = token_loss(model, batch)
+    expected = gradients(kept, model)
+    for count in (1, None):
+        assert checkpoint_layers(model, count) == (count or 2)
+        loss = token_loss(model, batch)
+        assert torch.equal(loss, kept)
+        for name, grad in gradients(loss, model).items():
+            assert torch.equal(grad, expected[name]), name
+    assert checkpoint_layers(model, 0) == 0
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_checkpointing_recomputes_layers_in_eval_mode() -> None:
+    model = tiny_model("llama")
+    calls = []
+    model.model.layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append(1))
+    checkpoint_layers(model, 1)
+    token_loss(model, padded(documents(6))).backward()
+    assert len(calls) == 2
+
+
+def test_grouped_attention_is_causal_attention() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, heads, 5, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+        for heads in (4, 2, 2)
+    )
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=0.3, enable_gqa=True
+    )
+    torch.testing.assert_close(attention.GroupedAttention.apply(q, k, v, 0.3), expected)
+    torch.autograd.gradcheck(lambda *s: attention.GroupedAttention.apply(*s, 0.3), (q, k, v))
+
+
+def test_a_family_that_is_not_verified_never_packs() -> None:
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("bloom", vocab_size=320, hidden_size=32, n_layer=2, n_head=4)
+    )
+    assert "bloom" in (attention.can_pack(model) or "")
+    with pytest.raises(ValueError, match="bloom"):
+        forward_inputs(model, packed(documents(3, 4)))
+    assert attention.can_pack(tiny_config("llama")) is None

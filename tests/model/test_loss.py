@@ -1,0 +1,173 @@
+"""The loss: equal to transformers' own on every path, with exact gradients."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lorakit.model import loss
+from lorakit.model.families import plain_head
+from lorakit.model.loss import HeadLoss, token_loss, token_scores
+from tests.model.batches import documents, padded
+from tests.tiny import FAMILIES, tiny_model
+
+torch.set_num_threads(1)
+
+
+class Adapted(nn.Module):
+    """Stand in for a site that an adapter wraps."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x)
+
+
+def wrap(model: PreTrainedModel) -> None:
+    model.set_output_embeddings(Adapted(model.get_output_embeddings()))
+
+
+def train(model: PreTrainedModel) -> None:
+    model.get_output_embeddings().weight.requires_grad_()
+
+
+def hook(model: PreTrainedModel) -> None:
+    model.register_forward_hook(lambda *_: None)
+
+
+def leave(model: PreTrainedModel) -> None:
+    pass
+
+
+def frozen(family: str, dtype: torch.dtype = torch.float32, *, tied: bool = False) -> PreTrainedModel:
+    model = tiny_model(family, dtype=dtype, tied=tied).requires_grad_(False)
+    layer = next(m for m in model.base_model.modules() if isinstance(m, nn.ModuleList))[0]
+    layer.requires_grad_()
+    return model
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut the rows into chunks of four, so that several are needed."""
+    monkeypatch.setattr(loss, "CHUNK_ROWS", (1, 4))
+
+
+def transformers_loss(model: PreTrainedModel, batch: object) -> Tensor:
+    """Return transformers' own loss with a mask for the padding, as a sum."""
+    mask = torch.ones_like(batch.input_ids)
+    for row, labels in enumerate(batch.labels):
+        mask[row, len(labels) - int((batch.input_ids[row] == 2).sum()) :] = 0
+    return model(
+        input_ids=batch.input_ids, attention_mask=mask, labels=batch.labels, num_items_in_batch=1
+    ).loss
+
+
+@pytest.mark.parametrize(
+    ("change", "plain"), [(leave, True), (wrap, False), (train, False), (hook, False)]
+)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_paths_equal_transformers_on_padded_rows(
+    family: str,
+    tied: bool,
+    change: Callable[[PreTrainedModel], None],
+    plain: bool,
+    small_chunks: None,
+) -> None:
+    model = frozen(family, torch.float64, tied=tied)
+    batch = padded(documents(11, 6, 9))
+    expected = transformers_loss(model, batch)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    reference = torch.autograd.grad(expected, trained)
+    change(model)
+    assert (plain_head(model) is not None) is plain
+    ours = token_loss(model, batch)
+    # transformers computes its cross-entropy in fp32.
+    torch.testing.assert_close(ours.float(), expected.float(), rtol=1e-6, atol=0)
+    for mine, theirs in zip(torch.autograd.grad(ours, trained), reference, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
+
+
+def test_the_paths_equal_each_other_exactly_in_fp64(small_chunks: None) -> None:
+    model = frozen("llama", torch.float64)
+    batch = padded(documents(11, 6, 9))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    fast = token_loss(model, batch)
+    fast_grads = torch.autograd.grad(fast, trained)
+    wrap(model)
+    slow = token_loss(model, batch)
+    torch.testing.assert_close(fast, slow, rtol=1e-13, atol=0)
+    for mine, theirs in zip(fast_grads, torch.autograd.grad(slow, trained), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_head_loss_passes_gradcheck(with_bias: bool, small_chunks: None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(9, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(7, 5, generator=generator, dtype=torch.float64)
+    bias = torch.randn(7, generator=generator, dtype=torch.float64) if with_bias else None
+    targets = torch.randint(7, (9,), generator=generator)
+    assert torch.autograd.gradcheck(lambda h: 3 * HeadLoss.apply(h, weight, bias, targets), (hidden,))
+    expected = F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction="sum")
+    torch.testing.assert_close(HeadLoss.apply(hidden, weight, bias, targets), expected)
+
+
+def test_bf16_hidden_states_give_an_fp32_loss() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(40, 16, generator=generator).bfloat16().requires_grad_()
+    weight = torch.randn(90, 16, generator=generator).bfloat16()
+    targets = torch.randint(90, (40,), generator=generator)
+    value = HeadLoss.apply(hidden, weight, None, targets)
+    assert value.dtype is torch.float32
+    (grad,) = torch.autograd.grad(value, hidden)
+    exact = hidden.detach().double().requires_grad_()
+    expected = F.cross_entropy(exact @ weight.double().T, targets, reduction="sum")
+    assert grad.dtype is torch.bfloat16
+    # 8 bits of mantissa in the logits, of size about 10.
+    torch.testing.assert_close(value.double(), expected, rtol=1e-2, atol=0)
+    (reference,) = torch.autograd.grad(expected, exact)
+    torch.testing.assert_close(grad.double(), reference, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("change", [leave, wrap])
+def test_scores_are_the_loss_token_by_token(
+    change: Callable[[PreTrainedModel], None], small_chunks: None
+) -> None:
+    model = frozen("qwen2")
+    rows = documents(8, 5, 12)
+    batch = padded(rows)
+    change(model)
+    nll, hits = token_scores(model, batch)
+    assert len(nll) == int((batch.labels != -100).sum())
+    torch.testing.assert_close(nll.sum(), token_loss(model, batch))
+    place = 0
+    for ids, labels in rows:
+        logits = model(input_ids=ids[None]).logits[0]
+        for at in (labels != -100).nonzero().flatten().tolist():
+            expected = F.cross_entropy(logits[at - 1], labels[at])
+            torch.testing.assert_close(nll[place], expected, rtol=1e-4, atol=1e-5)
+            assert bool(hits[place]) is (logits[at - 1].argmax().item() == labels[at].item())
+            place += 1
+
+
+@pytest.mark.parametrize("change", [leave, wrap])
+def test_a_batch_without_trained_tokens_costs_nothing_and_keeps_its_graph(
+    change: Callable[[PreTrainedModel], None],
+) -> None:
+    model = frozen("llama")
+    change(model)
+    batch = padded([(ids, torch.full_like(ids, -100)) for ids, _ in documents(4, 3)])
+    value = token_loss(model, batch)
+    assert value.item() == 0
+    value.backward()
+    assert all(
+        parameter.grad is None or not parameter.grad.any() for parameter in model.parameters()
+    )
+    nll, hits = token_scores(model, batch)
+    assert nll.shape == hits.shape == (0,)
