@@ -15,7 +15,8 @@ import torch
 
 from lorakit.errors import BadInput, Notice, Place, RunFailed
 from lorakit.storage import strict_json
-from lorakit.storage.publish import check_manifest, publish_folder, remove_folder, write_manifest
+from lorakit.storage.manifest import check_manifest, write_manifest
+from lorakit.storage.publish import publish_folder, remove_folder
 from lorakit.storage.tensors import TensorFile, write_tensors
 
 NAME = re.compile(r"step-(\d{6,})")
@@ -33,6 +34,7 @@ class State:
     seconds: float = 0.0
     best_loss: float | None = None
     best_step: int | None = None
+    loss_scale: float = 1.0
     method: dict[str, Any] = field(default_factory=dict)
 
 
@@ -50,7 +52,7 @@ class Checkpoint:
 
     def optimizer_tensors(self) -> dict[str, torch.Tensor]:
         """Read the optimizer's moments."""
-        with TensorFile(self.folder / "optimizer.safetensors", family="checkpoint") as file:
+        with TensorFile(self.folder / "optimizer.safetensors", "checkpoint") as file:
             return {name: file.read(name) for name in file.names}
 
 
@@ -149,5 +151,5 @@ def _steps(checkpoints: Path) -> list[int]:
 
 
 def _open(folder: Path) -> Checkpoint:
-    written = strict_json.read(folder / "state.json", family="checkpoint")
+    written = strict_json.read(folder / "state.json", "checkpoint")
     return Checkpoint(folder, State(**written["state"]), written["pinned"])

@@ -51,7 +51,7 @@ class RunFolder:
         """Write one file of the folder, beside its place and renamed."""
         if self.is_main:
             data = content.encode() if isinstance(content, str) else content
-            publish_file(self.path / name, data)
+            publish_file(self.path / name, data, replace=True)
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def opened(path: Path, mode: Mode, runtime: Runtime) -> Iterator[RunFolder]:
         runtime.wait()
         yield _found(path, mode, runtime)
         return
-    _check_free(path, mode)
+    check_free(path, mode)
     path.mkdir(parents=True, exist_ok=True)
     with locked(path):
         if mode == "overwrite":
@@ -98,11 +98,11 @@ def _found(path: Path, mode: Mode, runtime: Runtime) -> RunFolder:
             where=str(path),
             help="run without --resume, or with --resume-or-start",
         )
-    facts = strict_json.read(path / "run.json", family="checkpoint") if found else {}
+    facts = strict_json.read(path / "run.json", "checkpoint") if found else {}
     return RunFolder(path, runtime.is_main, facts, found, tuple(notices))
 
 
-def _check_free(path: Path, mode: Mode) -> None:
+def check_free(path: Path, mode: Mode) -> None:
     if not path.exists():
         return
     if not path.is_dir():
@@ -118,7 +118,7 @@ def _check_free(path: Path, mode: Mode) -> None:
             help="choose another with --out",
         )
     if mode == "start":
-        facts = strict_json.read(path / "run.json", family="checkpoint")
+        facts = strict_json.read(path / "run.json", "checkpoint")
         raise BadInput(
             "output.not-empty",
             f"the folder holds a run that is {facts.get('status')} since {facts.get('updated')}",

@@ -13,7 +13,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from lorakit.storage.publish import append_line
+from lorakit.storage.disk import append_line
 
 GIB = 2**30
 

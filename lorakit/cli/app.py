@@ -1,0 +1,42 @@
+"""The command line: one file a command, registered here."""
+
+import sys
+
+import typer
+
+from lorakit import __version__
+from lorakit.cli import data, doctor, eval, generate, merge, methods, plan, recipes, train
+from lorakit.errors import BadInput
+
+app = typer.Typer(
+    help="LoRA fine-tuning from a YAML recipe, from plan to verified merge.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+    rich_markup_mode=None,
+)
+
+for module in (train, plan, eval, merge, generate):
+    app.command()(getattr(module, module.__name__.rpartition(".")[2]))
+app.add_typer(data.app, name="data", help="Look at the rows a recipe trains on.")
+app.add_typer(recipes.app, name="recipes", help="List, show, copy and check recipes.")
+app.command()(methods.methods)
+app.command()(doctor.doctor)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: bool = typer.Option(False, "--version", is_eager=True, callback=_version, help="Print the version."),
+) -> None:
+    """LoRA fine-tuning from a YAML recipe, from plan to verified merge."""
+
+
+def main() -> None:
+    """Run the command line and leave with its exit code."""
+    app(prog_name="lorakit")

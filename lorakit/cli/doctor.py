@@ -1,0 +1,131 @@
+"""`lorakit doctor`: what this machine has, ready to be pasted into an issue."""
+
+import importlib.metadata
+import importlib.util
+import platform
+import shutil
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from lorakit import __version__, environment
+from lorakit.cli.screen import AllowRemoteCode, Screen, SetOption, command
+from lorakit.errors import CheckFailed
+
+PACKAGES = "torch transformers tokenizers datasets accelerate bitsandbytes safetensors pydantic typer rich".split()
+EXTRAS = {
+    "sacrebleu": "eval",
+    "rouge_score": "eval",
+    "lm_eval": "lm-eval",
+    "gguf": "gguf",
+    "liger_kernel": "kernels",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
+    "optuna": "sweep",
+}
+# bitsandbytes prints an import line of its own and is slow to import, so a product is asked of it
+# only when it is there.
+FOUR_BIT = "bitsandbytes"
+
+
+@command
+def doctor(
+    screen: Screen,
+    recipe: Annotated[str, typer.Option(help="Look at what this recipe needs, too.")] = "",
+    changes: SetOption = None,
+    allow_remote_code: AllowRemoteCode = False,
+) -> None:
+    """Show versions, device, memory and caches; exit 1 with --strict when something is amiss."""
+    from lorakit.runtime import available_bytes, best_dtype, start, usable_cores
+
+    runtime = start()
+    cache = environment.cache_folder()
+    disk = shutil.disk_usage(next(p for p in (cache, *cache.parents) if p.exists()))
+    facts: dict[str, Any] = {
+        "lorakit": __version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        **{name: _version(name) for name in PACKAGES},
+        "device": runtime.describe(),
+        "cores": usable_cores(),
+        "dtype auto": str(best_dtype(runtime.device)).removeprefix("torch."),
+        "4-bit": _four_bit(runtime.device),
+        "memory free": f"{available_bytes() / 2**30:.1f} GiB",
+        "disk free": f"{disk.free / 2**30:.1f} GiB at {cache}",
+        "hub token": "found" if environment.variable("HF_TOKEN") else "not found",
+        "network": "off" if screen.offline else "allowed",
+        "extras": {name: _extra(name, extra) for name, extra in EXTRAS.items()},
+    }
+    problems = [f"{name} is not installed" for name in PACKAGES if facts[name] is None]
+    if facts["4-bit"] != "works":
+        problems.append(f"4-bit: {facts['4-bit']}")
+    if recipe:
+        facts["recipe"], found = _recipe(screen, recipe, changes, allow_remote_code)
+        problems += found
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in facts.items():
+        table.add_row(name, _shown(value))
+    for problem in problems:
+        table.add_row("problem", problem)
+    strict = bool(problems and screen.strict)
+    screen.result(table, {"facts": facts, "problems": problems}, exit=int(strict))
+    if strict:
+        if screen.json:
+            raise typer.Exit(CheckFailed.exit_code)
+        raise CheckFailed("check.doctor", "; ".join(problems))
+
+
+def _recipe(
+    screen: Screen, name: str, changes: list[str] | None, allow_remote_code: bool
+) -> tuple[str, list[str]]:
+    from lorakit.cli.reading import read_recipe
+    from lorakit.errors import LorakitError
+    from lorakit.model import base
+
+    recipe = read_recipe(screen, name, changes, allow_remote_code=allow_remote_code)
+    try:
+        found = base.find(
+            recipe.model,
+            recipe.origin.folder,
+            offline=screen.offline,
+            allow_remote_code=allow_remote_code,
+            cache=environment.cache_folder(),
+        )
+    except LorakitError as error:
+        return f"{recipe.origin.path}: the base cannot be had", [error.message]
+    return f"{recipe.origin.path}: base {found.name} found", []
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _extra(module: str, extra: str) -> str:
+    present = importlib.util.find_spec(module) is not None
+    return "present" if present else f'pip install "lorakit[{extra}]"'
+
+
+def _four_bit(device: Any) -> str:
+    """Quantise a small matrix to NF4 and multiply with it, for real."""
+    try:
+        import torch
+        from bitsandbytes.nn import Linear4bit
+    except ImportError as error:
+        return f"not available: {error}"
+    try:
+        layer = Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32).to(device)
+        product = layer(torch.ones(1, 64, device=device))
+    except Exception as error:
+        return f"fails: {type(error).__name__}: {error}"
+    return "works" if bool(product.isfinite().all()) else "fails: the product is not finite"
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        return "\n".join(f"{name}: {text}" for name, text in value.items())
+    return "missing" if value is None else str(value)

@@ -1,0 +1,52 @@
+"""`lorakit methods`: the adapter methods, read from their files."""
+
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from lorakit import adapters
+from lorakit.cli.screen import Screen, command
+
+
+@command
+def methods(
+    screen: Screen, name: Annotated[str, typer.Argument(help="One method, with its settings.")] = ""
+) -> None:
+    """List the adapter methods, or show one with its settings."""
+    if name:
+        _one(screen, name)
+        return
+    rows = [{"name": one, "summary": adapters.summary(one)} for one in adapters.names()]
+    table = Table("method", "what it does", box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(row["name"], row["summary"])
+    screen.result(table, {"methods": rows})
+
+
+def _one(screen: Screen, name: str) -> None:
+    method = adapters.get(name)
+    settings: list[dict[str, Any]] = [
+        {"key": key, "default": field.get_default(call_default_factory=True), "description": field.description}
+        for key, field in method.Settings.model_fields.items()
+        if key != "method"
+    ]
+    table = Table("key", "default", "description", box=None, pad_edge=False)
+    for row in settings:
+        table.add_row(row["key"], _shown(row["default"]), row["description"])
+    facts = {"name": name, "summary": adapters.summary(name), "mergeable": method.mergeable, "packs": method.packs}
+    lines = [
+        f"{name}: {facts['summary']}",
+        f"merges into the base: {'yes' if method.mergeable else 'no'}   "
+        f"trains on packed rows: {'yes' if method.packs else 'no'}",
+    ]
+    if not screen.json:
+        for line in lines:
+            screen.out.print(line, markup=False, highlight=False)
+    screen.result(table, {"methods": [{**facts, "settings": settings}]})
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(str, value))}]"
+    return "null" if value is None else str(value)

@@ -1,0 +1,35 @@
+"""`lorakit plan`: what a recipe will do, before it costs anything."""
+
+from rich.table import Table
+
+from lorakit.cli.screen import (
+    AllowLocalCode,
+    AllowRemoteCode,
+    RecipeArgument,
+    Screen,
+    SetOption,
+    command,
+)
+
+
+@command
+def plan(
+    screen: Screen,
+    recipe: RecipeArgument = "",
+    changes: SetOption = None,
+    allow_local_code: AllowLocalCode = False,
+    allow_remote_code: AllowRemoteCode = False,
+) -> None:
+    """Show sites, counts, steps, memory by part and warnings; no weight is read."""
+    from lorakit.cli.reading import read_recipe
+    from lorakit.runtime import start
+    from lorakit.training.plan import Permissions, make
+
+    loaded = read_recipe(screen, recipe, changes, allow_remote_code=allow_remote_code)
+    permissions = Permissions(screen.offline, allow_local_code, allow_remote_code)
+    made = make(loaded, start(), permissions)
+    screen.notice(*made.notices)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for label, text in made.lines():
+        table.add_row(label, text)
+    screen.result(table, made.facts())

@@ -1,0 +1,45 @@
+"""Read the recipe that a command was given: a path, a packaged name, or the only one around."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lorakit import adapters, environment
+from lorakit.cli.screen import Screen, usage
+from lorakit.errors import Notice
+from lorakit.recipe.reader import read
+from lorakit.recipe.sections import Recipe
+
+FOLDER = Path("recipes")
+
+
+def read_recipe(
+    screen: Screen, argument: str, overrides: Sequence[str] | None, *, allow_remote_code: bool = False
+) -> Recipe:
+    """Read a recipe with its overrides; without an argument take the only one in `recipes/`.
+
+    Raises:
+        BadInput: when there is no recipe to take, or the recipe has problems.
+    """
+    recipe = read(
+        argument or _only_recipe(),
+        adapters.settings_for,
+        list(overrides or ()),
+        environ=environment.all_variables(),
+    )
+    if recipe.model.trust_remote_code and not allow_remote_code:
+        screen.notice(
+            Notice(
+                "security.remote-code",
+                "model.trust_remote_code has no effect without --allow-remote-code",
+                recipe.origin.place("model", "trust_remote_code"),
+            )
+        )
+    return recipe
+
+
+def _only_recipe() -> str:
+    found = sorted([*FOLDER.glob("*.yaml"), *FOLDER.glob("*.yml")])
+    if len(found) == 1:
+        return str(found[0])
+    names = ", ".join(str(path) for path in found) or "none"
+    raise usage(f"name a recipe; in {FOLDER}/ there are: {names}", help="lorakit recipes list")

@@ -1,0 +1,82 @@
+"""`lorakit train`: carry out a recipe."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorakit import environment
+from lorakit.cli.screen import (
+    AllowLocalCode,
+    AllowRemoteCode,
+    RecipeArgument,
+    Screen,
+    SetOption,
+    command,
+    usage,
+)
+
+
+@command
+def train(
+    screen: Screen,
+    recipe: RecipeArgument = "",
+    changes: SetOption = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder; else output_dir.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    resume_or_start: Annotated[
+        bool, typer.Option("--resume-or-start", help="Go on where there is a checkpoint, else start.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the run that is there.")] = False,
+    allow_inexact: Annotated[
+        bool, typer.Option("--allow-inexact", help="Resume although something changed.")
+    ] = False,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after this many steps.")] = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
+    allow_local_code: AllowLocalCode = False,
+    allow_remote_code: AllowRemoteCode = False,
+) -> None:
+    """Train the adapter of a recipe, and merge it where the recipe asks for that."""
+    modes = [
+        name
+        for name, chosen in (
+            ("resume", resume),
+            ("resume-or-start", resume_or_start),
+            ("overwrite", overwrite),
+        )
+        if chosen
+    ]
+    if len(modes) > 1:
+        raise usage(f"--{modes[0]} and --{modes[1]} do not go together")
+    if nproc > 1 and environment.variable("WORLD_SIZE") is None:
+        from lorakit.runtime import launch
+
+        raise typer.Exit(launch(_without_nproc(sys.argv[1:]), nproc))
+    overrides = [*(changes or ())]
+    overrides += [f"train.max_steps={max_steps}"] if max_steps else []
+    overrides += [f"output_dir={json.dumps(str(out))}"] if out else []
+
+    from lorakit.cli.reading import read_recipe
+    from lorakit.cli.running import run
+    from lorakit.training.plan import Permissions
+
+    loaded = read_recipe(screen, recipe, overrides, allow_remote_code=allow_remote_code)
+    permissions = Permissions(screen.offline, allow_local_code, allow_remote_code)
+    result = run(screen, loaded, permissions, modes[0] if modes else "start", allow_inexact=allow_inexact)
+    if result is not None:
+        screen.result(result.text, result.facts)
+
+
+def _without_nproc(arguments: list[str]) -> list[str]:
+    kept, skip = [], False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument == "--nproc":
+            skip = True
+        elif not argument.startswith("--nproc="):
+            kept.append(argument)
+    return kept

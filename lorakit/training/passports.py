@@ -1,0 +1,79 @@
+"""What an adapter says of its own making, and what a resume must find unchanged."""
+
+import importlib.metadata
+import platform
+from typing import Any
+
+import torch
+
+from lorakit import __version__
+from lorakit.recipe.sections import Recipe
+from lorakit.runtime import Runtime
+from lorakit.storage.hashing import sha256_json
+from lorakit.training.checkpoint import State
+from lorakit.training.plan import Plan
+
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
+# Keys that change neither the mathematics nor the order of the data.
+HARMLESS = {
+    "output_dir": ...,
+    "merge": ...,
+    "eval": ...,
+    "train": ("log_every", "save_every", "keep_checkpoints"),
+}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result may depend on."""
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"lorakit": __version__, "python": platform.python_version(), **found}
+
+
+def of_run(plan: Plan, state: State, loss: float | None) -> dict[str, Any]:
+    """Return the passport of an adapter at this moment of its run."""
+    recipe = plan.recipe.model_dump(mode="json")
+    return {
+        "method": plan.recipe.adapter.method,
+        "recipe_name": plan.recipe.origin.name,
+        "recipe": recipe,
+        "recipe_sha256": sha256_json(recipe),
+        "data": plan.dataset.report.facts(),
+        "template_sha256": plan.dataset.template_sha256,
+        "base": plan.base.facts(),
+        "quantization": plan.recipe.model.quantization,
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "seed": plan.recipe.seed,
+        "versions": versions(),
+        "steps": state.step,
+        "trained_tokens": state.trained_tokens,
+        "metrics": {"loss": loss, "best_eval_loss": state.best_loss, "best_step": state.best_step},
+    }
+
+
+def pinned(plan: Plan, runtime: Runtime) -> dict[str, Any]:
+    """Return what must be the same for a resumed run to end bit-equal to an uninterrupted one."""
+    return {
+        **{f"recipe.{key}": value for key, value in _mathematics(plan.recipe).items()},
+        "data": plan.dataset.report.digest,
+        "template": plan.dataset.template_sha256,
+        "base": plan.base.fingerprint,
+        "device": runtime.device.type,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "processes": runtime.processes,
+        **versions(),
+    }
+
+
+def _mathematics(recipe: Recipe) -> dict[str, Any]:
+    """Flatten the keys that change what is computed into `section.key: value`."""
+    flat = {}
+    for section, value in recipe.model_dump(mode="json").items():
+        left_out = HARMLESS.get(section, ())
+        if left_out is ...:
+            continue
+        members = value.items() if isinstance(value, dict) else [("", value)]
+        for key, member in members:
+            if key not in left_out:
+                flat[f"{section}.{key}".rstrip(".")] = member
+    return flat

@@ -1,0 +1,241 @@
+"""What a run will do, worked out before any weight is read.
+
+Recipe, `config.json`, tokenizer, data and machine go in; sites, counts, steps, memory by part
+and warnings come out. `train` runs exactly the plan that `plan` prints.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lorakit import adapters
+from lorakit.adapters import Method
+from lorakit.data.batches import Steps
+from lorakit.data.prepare import Dataset, prepare
+from lorakit.environment import cache_folder
+from lorakit.errors import BadInput, Notice
+from lorakit.model import base as base_models
+from lorakit.model.attention import can_pack
+from lorakit.model.base import Base
+from lorakit.model.sites import Site, find_sites
+from lorakit.recipe.sections import Recipe
+from lorakit.runtime import Runtime, resolve_dtype
+from lorakit.training import memory
+from lorakit.training.memory import GIB, Memory
+from lorakit.training.optim import warmup_steps
+
+# Outside this range a LoRA run rarely learns or rarely survives.
+USUAL_RATES = (1e-6, 5e-3)
+
+
+@dataclass(frozen=True)
+class Permissions:
+    """What the command line allows beyond reading files."""
+
+    offline: bool = False
+    local_code: bool = False
+    remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sites of one name and shape: what one line of the coverage table says."""
+
+    target: str
+    sites: int
+    inputs: int
+    outputs: int
+    rank: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run before it costs anything; `loop.train` needs nothing else but the weights."""
+
+    recipe: Recipe
+    base: Base
+    tokenizer: PreTrainedTokenizerBase
+    method: Method
+    sites: tuple[Site, ...]
+    groups: tuple[Group, ...]
+    dataset: Dataset
+    steps: Steps
+    dtype: torch.dtype
+    checkpointing: bool
+    trainable: int
+    total: int
+    memory: Memory
+    free_bytes: int
+    notices: tuple[Notice, ...]
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= self.free_bytes
+
+    def facts(self) -> dict[str, Any]:
+        """Return the plan as `plan.json` and `--json` hold it."""
+        report = self.dataset.report
+        return {
+            "base": self.base.name,
+            "method": self.recipe.adapter.method,
+            "sites": [
+                {"name": s.name, "kind": s.kind, "inputs": s.inputs, "outputs": s.outputs} for s in self.sites
+            ],
+            "trainable": self.trainable,
+            "total": self.total,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "gradient_checkpointing": self.checkpointing,
+            "rows": len(self.dataset.train),
+            "eval_rows": len(self.dataset.eval),
+            "data": report.facts(),
+            "steps_per_epoch": self.steps.per_epoch,
+            "steps": self.steps.total,
+            "tokens": self.steps.tokens,
+            "memory": self.memory.parts | {"total": self.memory.total},
+            "free_bytes": self.free_bytes,
+            "fits": self.fits,
+        }
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Return the plan for people: a label and what it says, a pair a line."""
+        recipe, report = self.recipe, self.dataset.report
+        share = 100 * self.trainable / self.total
+        groups = [
+            f"{g.target}  {g.sites} {'site' if g.sites == 1 else 'sites'}  {g.inputs}→{g.outputs}"
+            + (f"  rank {g.rank}" if g.rank else "")
+            for g in self.groups
+        ]
+        parts = "  ".join(f"{name} {size / GIB:.2f}" for name, size in self.memory.parts.items())
+        fits = "yes" if self.fits else "NO"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return [
+            ("Recipe", f"{recipe.origin.path} (valid)"),
+            ("Base", f"{self.base.name}  {self.total / 1e6:,.1f} M parameters  {dtype}"),
+            ("Adapter", f"{recipe.adapter.method}  {groups[0]}"),
+            *(("", line) for line in groups[1:]),
+            ("Trained", f"{self.trainable:,} of {self.total:,} ({share:.3f} %), file {4 * self.trainable / 2**20:.1f} MiB"),
+            *(("Data" if k == 0 else "", line) for k, line in enumerate(report.lines())),
+            ("Steps", self._steps_line()),
+            ("Memory", f"{parts}  = {self.memory.total / GIB:.2f} GiB (estimate)"),
+            ("Fits", f"{fits}, {self.free_bytes / GIB:.1f} GiB free"),
+            ("Output", str(recipe.run_folder)),
+        ]
+
+    def _steps_line(self) -> str:
+        train = self.recipe.train
+        stop = f", stops at {train.max_steps}" if train.max_steps else ""
+        warm = warmup_steps(train, self.steps.total)
+        return (
+            f"{self.steps.total} ({self.steps.per_epoch} an epoch x {train.epochs:g}{stop}), "
+            f"batch {train.batch_size}, {train.schedule} {train.learning_rate:g} after {warm} warm-up"
+        )
+
+
+def make(recipe: Recipe, runtime: Runtime, permissions: Permissions, *, data: Dataset | None = None) -> Plan:
+    """Work out everything that can be known without weights.
+
+    Raises:
+        BadInput: when the recipe, the model's files or the data cannot be used.
+        EnvironmentLacks: when a hub id needs the network, or the device lacks the dtype.
+    """
+    folder = recipe.origin.folder
+    base = base_models.find(
+        recipe.model,
+        folder,
+        offline=permissions.offline,
+        allow_remote_code=permissions.remote_code,
+        cache=cache_folder(),
+    )
+    skeleton = base_models.skeleton(base, recipe.task)
+    method, sites = choose(recipe, skeleton)
+    dtype = resolve_dtype(recipe.model.dtype, runtime.device)
+    tokenizer = base_models.load_tokenizer(base)
+    dataset = data or prepare_data(recipe, base, tokenizer, permissions)
+    notices = [*base.notices, *_warnings(recipe), *dataset.notices]
+    packing = recipe.data.packing
+    if packing and (reason := _cannot_pack(method, skeleton)):
+        if "packing" in recipe.data.model_fields_set:
+            raise BadInput("recipe.conflict", f"data.packing: {reason}", where=recipe.origin.place("data", "packing"))
+        packing = False
+        notices.append(Notice("run.packing-off", f"rows are padded, not packed: {reason}"))
+    steps = Steps.of(dataset, recipe.train, packing, recipe.seed, runtime, max_length=recipe.data.max_length)
+    total = sum(p.numel() for p in skeleton.parameters())
+    adapters.attach(method, skeleton, sites, seed=recipe.seed)
+    trainable = sum(p.numel() for p in adapters.trainable(skeleton).values())
+    shape = memory.Shape.of(base.config)
+    free = runtime.free_bytes()
+    estimates = {
+        flag: memory.estimate(shape, total, trainable, dtype, steps.micro_batch_tokens, flag, runtime.device)
+        for flag in (False, True)
+    }
+    chosen = recipe.train.gradient_checkpointing
+    checkpointing = estimates[False].total > free if chosen == "auto" else chosen
+    return Plan(
+        recipe,
+        base,
+        tokenizer,
+        method,
+        tuple(sites),
+        _groups(sites, method),
+        dataset,
+        steps,
+        dtype,
+        checkpointing,
+        trainable,
+        total,
+        estimates[checkpointing],
+        free,
+        tuple(notices),
+    )
+
+
+def choose(recipe: Recipe, skeleton: PreTrainedModel) -> tuple[Method, list[Site]]:
+    """Make the method and find its sites; nothing here needs weights.
+
+    Raises:
+        BadInput: when a target matches nothing, or a rank does not fit.
+    """
+    method = adapters.get(recipe.adapter.method)(recipe.adapter)
+    return method, method.sites(find_sites(skeleton))
+
+
+def prepare_data(
+    recipe: Recipe, base: Base, tokenizer: PreTrainedTokenizerBase, permissions: Permissions
+) -> Dataset:
+    """Read, render and count the rows of a recipe."""
+    return prepare(
+        recipe.data,
+        tokenizer,
+        base.context,
+        folder=recipe.origin.folder,
+        seed=recipe.seed,
+        offline=permissions.offline,
+        allow_local_code=permissions.local_code,
+    )
+
+
+def _cannot_pack(method: Method, skeleton: PreTrainedModel) -> str | None:
+    return None if method.packs else "this method does not train on packed rows"
+
+
+def _warnings(recipe: Recipe) -> list[Notice]:
+    low, high = USUAL_RATES
+    rate = recipe.train.learning_rate
+    if low <= rate <= high:
+        return []
+    place = recipe.origin.place("train", "learning_rate")
+    text = f"train.learning_rate is {rate:g}; most runs need between {low:g} and {high:g}"
+    return [Notice("recipe.unusual-value", text, place)]
+
+
+def _groups(method: Method, sites: list[Site]) -> tuple[Group, ...]:
+    """Count sites by the last part of their name, their shape and their rank."""
+    counts = Counter(
+        (site.name.rpartition(".")[2], site.inputs, site.outputs, method.rank_of(site)) for site in sites
+    )
+    return tuple(Group(name, n, i, o, rank) for (name, i, o, rank), n in counts.items())

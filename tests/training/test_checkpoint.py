@@ -1,0 +1,79 @@
+"""Checkpoints come back whole, a damaged one is passed over by name, and old ones go."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorakit.errors import BadInput, RunFailed
+from lorakit.training import checkpoint
+from lorakit.training.checkpoint import State
+
+PINNED = {"seed": 1, "versions.torch": "2"}
+
+
+def write(folder: Path, step: int, value: float = 1.0) -> Path:
+    def adapter(path: Path) -> None:
+        path.mkdir()
+        (path / "adapter_config.json").write_text("{}")
+
+    state = State(step=step, tokens=10 * step, best_loss=0.5, best_step=1, method={"ranks": [1, 2]})
+    return checkpoint.save(folder, state, PINNED, {"exp_avg/A": torch.full((3, 2), value)}, adapter)
+
+
+def test_the_newest_comes_back_as_it_was(tmp_path: Path) -> None:
+    write(tmp_path, 2)
+    write(tmp_path, 10, value=7.0)
+    found, notices = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert not notices
+    assert found.state == State(step=10, tokens=100, best_loss=0.5, best_step=1, method={"ranks": [1, 2]})
+    assert found.pinned == PINNED
+    assert torch.equal(found.optimizer_tensors()["exp_avg/A"], torch.full((3, 2), 7.0))
+    assert (found.adapter / "adapter_config.json").is_file()
+
+
+def test_nothing_there_is_no_checkpoint(tmp_path: Path) -> None:
+    assert checkpoint.newest(tmp_path / "absent") == (None, [])
+
+
+@pytest.mark.parametrize("file", ["optimizer.safetensors", "state.json", "manifest.json"])
+def test_a_damaged_one_is_skipped_by_name(tmp_path: Path, file: str) -> None:
+    write(tmp_path, 1)
+    newest = write(tmp_path, 2)
+    content = bytearray((newest / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (newest / file).write_bytes(content)
+    found, notices = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found.state.step == 1
+    assert [notice.id for notice in notices] == ["checkpoint.skipped"]
+    assert "skipped step 2" in notices[0].message
+    assert "resuming from step 1" in notices[0].message
+
+
+def test_none_good_is_an_error_and_never_a_fresh_start(tmp_path: Path) -> None:
+    for step in (1, 2):
+        (write(tmp_path, step) / "optimizer.safetensors").unlink()
+    with pytest.raises(RunFailed, match=r"step 2.*step 1") as caught:
+        checkpoint.newest(tmp_path)
+    assert caught.value.id == "checkpoint.damaged"
+
+
+def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    for step in range(1, 7):
+        write(tmp_path, step)
+    checkpoint.prune(tmp_path, keep=2, best=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000003", "step-000005", "step-000006"]
+
+
+def test_a_difference_is_named_and_refused_unless_allowed(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    found, _ = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert checkpoint.check_unchanged(found, PINNED, allow_inexact=False) == {}
+    changed = PINNED | {"seed": 2}
+    with pytest.raises(BadInput, match="seed was 1 and is 2") as caught:
+        checkpoint.check_unchanged(found, changed, allow_inexact=False)
+    assert caught.value.id == "checkpoint.changed"
+    assert checkpoint.check_unchanged(found, changed, allow_inexact=True) == {"seed": (1, 2)}
