@@ -1,0 +1,140 @@
+"""Paths that cannot leave their folder, and files that are nothing but files.
+
+Names that come from a file (a shard in an index, an entry of a manifest) are text from a stranger:
+`inside` is the only way to make a path of one.
+"""
+
+import errno
+import os
+import stat
+from difflib import get_close_matches
+from io import BufferedReader
+from pathlib import Path
+
+from lorakit.errors import BadInput, LorakitError, Place, RunFailed, one_of
+from lorakit.storage.disk import storage_error
+from lorakit.storage.redact import printable
+
+PICKLES = frozenset(".bin .ckpt .dill .joblib .pickle .pkl .pt .pth".split())
+
+_KINDS = {
+    stat.S_IFREG: "regular file",
+    stat.S_IFDIR: "directory",
+    stat.S_IFIFO: "FIFO",
+    stat.S_IFCHR: "character device",
+    stat.S_IFBLK: "block device",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFLNK: "symbolic link",
+}
+_NOT_FOUND = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
+
+
+def file_error(
+    family: str, kind: str, message: str, *, where: Place | str, help: str | None = None
+) -> LorakitError:
+    """Return the error of a family of files: `family.kind` where there is such an id.
+
+    Else the family's word for anything wrong: `family.bad-config` (what people edit) or
+    `family.damaged`. A family written as an id (`model.bad-index`) has that one as its word.
+    """
+    name = family.partition(".")[0]
+    for id in (f"{name}.{kind}", family, f"{name}.bad-config", f"{name}.damaged"):
+        for error in (BadInput, RunFailed):
+            if id in error.ids:
+                return error(id, message, where=where, help=help)
+    raise ValueError(f"no error has the id {name}.{kind}")
+
+
+def inside(folder: Path, name: str, *, links_into: Path | None = None) -> Path:
+    """Return `folder/name` for a name from a stranger; the file may be missing.
+
+    Args:
+        folder: the folder that must not be left.
+        name: components joined by `/`.
+        links_into: a cache that keeps its files behind links; links that end in it are resolved.
+
+    Raises:
+        BadInput: `security.path` when the name leads outside, over a link, or to no regular file.
+    """
+
+    def refused(why: str) -> BadInput:
+        return BadInput("security.path", f"the entry '{printable(name)}' {why}", where=str(folder))
+
+    parts = name.split("/")
+    if not name.isprintable() or "\\" in name or any(part in ("", ".", "..") for part in parts):
+        raise refused("would lead outside; a name below the folder was expected")
+    path = folder
+    for depth, part in enumerate(parts, start=1):
+        path = path / part
+        try:
+            if links_into is not None and path.is_symlink():
+                path = path.resolve(strict=True)
+                if not path.is_relative_to(links_into.resolve()):
+                    raise refused("is a link that leads outside")
+            mode = os.lstat(path).st_mode
+        except FileNotFoundError:
+            return folder / name
+        except OSError as error:
+            raise storage_error(error, path) from error
+        if stat.S_ISLNK(mode):
+            raise refused("is a symbolic link, which may lead outside")
+        wanted = stat.S_IFREG if depth == len(parts) else stat.S_IFDIR
+        if stat.S_IFMT(mode) != wanted:
+            raise refused(f"was expected to be a {_KINDS[wanted]}; {part} is a {kind_of(mode)}")
+    return path
+
+
+def open_regular(path: Path, family: str) -> BufferedReader:
+    """Open a file for reading; a FIFO, device, socket or directory is never read.
+
+    Raises:
+        BadInput: `family.not-found`, with names that are near, or `family.not-a-file`.
+        RunFailed: when the disk refuses.
+    """
+    try:
+        mode = os.stat(path).st_mode  # before open: opening a device can already act on it
+        if stat.S_ISREG(mode):
+            file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: SIM115
+            mode = os.fstat(file.fileno()).st_mode
+            if stat.S_ISREG(mode):
+                return file
+            file.close()
+    except ValueError:  # a NUL or a lone surrogate
+        raise _not_found(path, family) from None
+    except OSError as error:
+        if error.errno in _NOT_FOUND:
+            raise _not_found(path, family) from None
+        raise storage_error(error, path) from error
+    message = f"not a regular {family.partition('.')[0]} file: is a {kind_of(mode)}"
+    raise file_error(family, "not-a-file", message, where=str(path))
+
+
+def refuse_pickle(name: str, where: Path) -> None:
+    """Refuse a file that by its ending may be a pickle.
+
+    Raises:
+        BadInput: `security.pickle`.
+    """
+    if Path(name).suffix.lower() in PICKLES:
+        raise BadInput(
+            "security.pickle",
+            f"'{printable(name)}' may be a pickle, which runs code when it is loaded",
+            where=str(where),
+            help="convert it to .safetensors with the tool that wrote it",
+        )
+
+
+def kind_of(mode: int) -> str:
+    """Return what a file of this mode is, in words."""
+    return _KINDS.get(stat.S_IFMT(mode), "special file")
+
+
+def _not_found(path: Path, family: str) -> LorakitError:
+    try:
+        near = get_close_matches(path.name, os.listdir(path.parent), n=3)
+    except (OSError, ValueError):
+        near = []
+    help = f"near it there is {one_of(map(printable, near))}" if near else None
+    return file_error(
+        family, "not-found", "there is no such file", where=printable(str(path), 500), help=help
+    )

@@ -1,0 +1,170 @@
+"""Results that are absent, old or complete, and never half: written beside, synced, renamed."""
+
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lorakit.errors import BadInput
+from lorakit.storage.disk import (
+    create,
+    make_folder,
+    require_space,
+    storage_errors,
+    sync,
+    write_all,
+)
+
+_ASIDE = re.compile(r"\.(?:tmp|trash)-(?P<name>.+)-(?P<pid>\d+)-[0-9a-f]{8}", re.DOTALL)
+
+
+@contextmanager
+def publish_folder(
+    target: Path, *, replace: bool = False, needed: int | None = None
+) -> Iterator[Path]:
+    """Yield a new folder beside `target` that becomes `target` when the block ends well.
+
+    Whatever the block writes below it is synced and gets its mode, 0644 or 0755 less the umask. On
+    any exception it is removed; after a kill, the next publication of this target removes it.
+
+    Args:
+        target: where the result will stand; folders above it are made.
+        replace: move an existing target aside, and remove it once the new one is in its place.
+        needed: bytes that the block will write, checked first.
+
+    Raises:
+        BadInput: when `target` is there already, or is or lies in a symbolic link.
+        RunFailed: when the disk refuses.
+    """
+    temporary = _beside(target, "tmp")
+    with storage_errors(target, needed):
+        _prepare(target, replace=replace)
+        if needed is not None:
+            require_space(target.parent, needed)
+        try:
+            os.mkdir(temporary, 0o755)
+            yield temporary
+            _settle(temporary)
+            _put(temporary, target)
+        finally:
+            _delete(temporary)
+
+
+def publish_file(target: Path, data: bytes, *, replace: bool = False, mode: int = 0o644) -> None:
+    """Write one file so that a reader sees nothing, the old file or the whole new one.
+
+    Raises:
+        BadInput: when `target` is there already, or is or lies in a symbolic link.
+        RunFailed: when the disk refuses.
+    """
+    temporary = _beside(target, "tmp")
+    with storage_errors(target, len(data)):
+        _prepare(target, replace=replace)
+        try:
+            descriptor = create(temporary, mode)
+            try:
+                write_all(descriptor, data)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            os.rename(temporary, target)
+            sync(target.parent)
+        finally:
+            _delete(temporary)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder; it is moved aside first, so that half of it never looks like the whole.
+
+    Raises:
+        RunFailed: when the disk refuses.
+    """
+    with storage_errors(folder):
+        aside = _beside(folder, "trash")
+        os.rename(folder, aside)
+        sync(folder.parent)
+        _delete(aside)
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove what killed processes left beside their targets, or beside the one called `name`.
+
+    Raises:
+        RunFailed: when the disk refuses.
+    """
+    with storage_errors(folder):
+        for entry in os.listdir(folder):
+            match = _ASIDE.fullmatch(entry)
+            if match and name in (None, match["name"]) and not _alive(int(match["pid"])):
+                _delete(folder / entry)
+
+
+def _beside(target: Path, kind: str) -> Path:
+    return target.with_name(f".{kind}-{target.name}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def _prepare(target: Path, *, replace: bool) -> None:
+    """Check that `target` may be written, and clear its surroundings."""
+    for path in (target, target.parent):
+        if path.is_symlink():
+            raise BadInput(
+                "security.path",
+                "is a symbolic link; lorakit does not write through links",
+                where=str(path),
+                help=f"name the place it leads to: {path.resolve()}",
+            )
+    if not replace and os.path.lexists(target) and not _is_empty_folder(target):
+        raise BadInput("output.not-empty", "is there already", where=str(target))
+    make_folder(target.parent)
+    sweep(target.parent, target.name)
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not os.listdir(path)
+
+
+def _settle(folder: Path) -> None:
+    """Give all below `folder` its mode and push it to the disk, entries before their folders."""
+    mode = stat.S_IMODE(os.lstat(folder).st_mode)  # 0755 less the umask: mkdir took it off
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            sync(Path(parent, name), mode & 0o644)
+        sync(Path(parent), mode)
+
+
+def _put(temporary: Path, target: Path) -> None:
+    """Rename a settled folder to `target`, an older one moved aside for it."""
+    old = _beside(target, "trash")
+    had_old = os.path.lexists(target)
+    if had_old:
+        os.rename(target, old)
+    try:
+        os.rename(temporary, target)
+    except OSError:
+        if had_old:
+            os.rename(old, target)
+        raise
+    sync(target.parent)
+    _delete(old)
+
+
+def _delete(path: Path) -> None:
+    """Delete a file or folder that nobody looks for; what cannot go now is swept another time."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # another user's, or no pid of this machine: leave it
+        pass
+    return True
