@@ -1,4 +1,4 @@
-"""Tiny models and a tokenizer, built in memory in milliseconds: real architectures, no downloads."""
+"""Tiny models and a tokenizer, built in milliseconds: real architectures, no downloads."""
 
 from pathlib import Path
 from typing import Any

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -58,10 +58,12 @@ def document_attention(
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     sizes = [count * length for count, length in documents]
-    pieces = zip(*(states.split(sizes, dim=2) for states in (query, key, value)), strict=True)
+    pieces = zip(*(torch.split(s, sizes, dim=2) for s in (query, key, value)), strict=True)
     outputs = []
     for (count, length), piece in zip(documents, pieces, strict=True):
-        q, k, v = (states.unflatten(2, (count, length)).transpose(1, 2).flatten(0, 1) for states in piece)
+        q, k, v = (
+            states.unflatten(2, (count, length)).transpose(1, 2).flatten(0, 1) for states in piece
+        )
         window = sliding_window if sliding_window and sliding_window < length else None
         out = _causal(q, k, v, scale, dropout, window)
         outputs.append(out.transpose(1, 2).reshape(len(query), count * length, *out.shape[1::2]))
@@ -96,9 +98,9 @@ def _causal(
 ) -> Tensor:
     """Run causal attention over equally long documents, (documents, heads, tokens, dim)."""
     length = q.shape[2]
-    if q.device.type == "cpu" and q.dtype is torch.bfloat16 and length <= GROUPED_TOKENS:
-        if window is None and dropout == 0.0:
-            return GroupedAttention.apply(q, k, v, scale)
+    short = q.device.type == "cpu" and q.dtype is torch.bfloat16 and length <= GROUPED_TOKENS
+    if short and window is None and dropout == 0.0:
+        return grouped_attention(q, k, v, scale)
     mask = None
     if window is not None:
         whole = torch.ones(length, length, dtype=torch.bool, device=q.device)
@@ -115,14 +117,18 @@ def _causal(
     )
 
 
-class GroupedAttention(torch.autograd.Function):
-    """Causal attention as batched matrix products, all query heads of a key head in one of them.
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Run causal attention as batched products, all query heads of a key head in one of them.
 
     The probabilities are computed again in the backward pass, so that memory stays linear.
     """
+    out: Tensor = _Grouped.apply(q, k, v, scale)  # type: ignore[no-untyped-call]
+    return out
 
+
+class _Grouped(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         documents, heads, length, dim = q.shape
         groups = documents * k.shape[1]
         q = q.reshape(groups, -1, dim)
@@ -134,7 +140,7 @@ class GroupedAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out = ctx.saved_tensors
         documents, heads, length, dim = grad.shape
         grad = grad.reshape(q.shape)

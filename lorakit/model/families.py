@@ -28,7 +28,7 @@ def plain_head(model: PreTrainedModel) -> nn.Linear | None:
 
     None where it is adapted, trained or hooked, and for families that are not known.
     """
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if not is_known(model) or type(head) is not nn.Linear or "forward" in vars(model):
         return None
     if any(parameter.requires_grad for parameter in head.parameters()):

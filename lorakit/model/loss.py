@@ -7,11 +7,12 @@ trained rows.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from lorakit.model.families import plain_head
@@ -31,8 +32,7 @@ def token_loss(model: PreTrainedModel, batch: Tokens) -> Tensor:
     head = plain_head(model)
     if head is None:
         return F.cross_entropy(_wide(_logits(model, batch, where)), targets, reduction="sum")
-    hidden = _hidden(model, batch, where)
-    return HeadLoss.apply(hidden, head.weight, head.bias, targets)
+    return head_loss(_hidden(model, batch, where), head.weight, head.bias, targets)
 
 
 @torch.no_grad()
@@ -52,16 +52,20 @@ def token_scores(model: PreTrainedModel, batch: Tokens) -> tuple[Tensor, Tensor]
     return nll, hits
 
 
-class HeadLoss(torch.autograd.Function):
-    """Cross-entropy of a frozen linear head, summed: hidden (n, dim), targets (n) to a scalar.
+def head_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """Return the summed cross-entropy of a frozen linear head: hidden (n, dim), targets (n).
 
     With p = softmax(h W' + b) the gradient of h is (p - onehot) W: it is ready in the forward
     pass, chunk by chunk, and is all that is kept.
     """
+    total: Tensor = _HeadLoss.apply(hidden, weight, bias, targets)  # type: ignore[no-untyped-call]
+    return total
 
+
+class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
     ) -> Tensor:
         total = hidden.new_zeros((), dtype=_wide(hidden[:0]).dtype)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -78,14 +82,14 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, scale: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         return grad * scale, None, None, None
 
 
 def _hidden(model: PreTrainedModel, batch: Tokens, where: Tensor) -> Tensor:
     """Return the decoder's output at the chosen places, (n, dim)."""
-    hidden = model.base_model(**forward_inputs(model, batch)).last_hidden_state
+    hidden: Tensor = model.base_model(**forward_inputs(model, batch)).last_hidden_state
     return hidden.flatten(0, 1).index_select(0, where.flatten().nonzero().squeeze(1))
 
 
@@ -93,8 +97,8 @@ def _logits(model: PreTrainedModel, batch: Tokens, where: Tensor) -> Tensor:
     """Return the model's own logits at the chosen places, (n, vocabulary)."""
     inputs = forward_inputs(model, batch)
     kept = where.any(0).nonzero().squeeze(1)
-    logits: Tensor = model(**inputs, logits_to_keep=kept).logits
-    return logits[where[:, kept]]
+    logits: Tensor = model(**inputs, logits_to_keep=kept).logits[where[:, kept]]
+    return logits
 
 
 def _chunks(rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]:

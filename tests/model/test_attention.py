@@ -16,6 +16,11 @@ from tests.tiny import FAMILIES, tiny_config, tiny_model
 torch.set_num_threads(1)
 
 LENGTHS = (9, 5, 5, 1, 12)
+SIZES = """
+    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads head_dim
+    num_key_value_heads max_position_embeddings bos_token_id eos_token_id pad_token_id
+    sliding_window
+"""
 
 
 def known_model(family: str, **changes: int) -> PreTrainedModel:
@@ -24,14 +29,9 @@ def known_model(family: str, **changes: int) -> PreTrainedModel:
         config = tiny_config(family, **changes)
     else:
         sizes = tiny_config("llama").to_dict() | {"head_dim": 8} | changes
-        kept = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-        kept += "num_key_value_heads max_position_embeddings bos_token_id eos_token_id pad_token_id "
-        kept += "head_dim sliding_window"
         config = AutoConfig.for_model(
-            family, **{name: sizes[name] for name in kept.split() if name in sizes}
+            family, **{name: sizes[name] for name in SIZES.split() if name in sizes}
         )
-        if "layer_types" in changes:
-            config.layer_types = ["sliding_attention"] * 2
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = AutoModelForCausalLM.from_config(config).double().eval()
@@ -51,7 +51,9 @@ def gradients(loss: Tensor, model: PreTrainedModel) -> dict[str, Tensor]:
     }
 
 
-def assert_equal_training(model: PreTrainedModel, batch: Rows, singles: list[Rows], tolerance: float) -> None:
+def assert_equal_training(
+    model: PreTrainedModel, batch: Rows, singles: list[Rows], tolerance: float
+) -> None:
     one = token_loss(model, batch)
     many = torch.stack([token_loss(model, single) for single in singles]).sum()
     torch.testing.assert_close(one, many, rtol=tolerance, atol=tolerance)
@@ -106,7 +108,7 @@ def test_documents_are_blind_to_each_other_bit_for_bit(family: str, dtype: torch
     rows = documents(*LENGTHS)
     before = model(**forward_inputs(model, packed(rows))).logits[0].split(LENGTHS)
     for changed in range(len(rows)):
-        others = [row for row in rows]
+        others = list(rows)
         ids, labels = rows[changed]
         others[changed] = ((ids - 3 + 7) % 300 + 3, labels)
         after = model(**forward_inputs(model, packed(others))).logits[0].split(LENGTHS)
@@ -177,8 +179,8 @@ def test_grouped_attention_is_causal_attention() -> None:
     expected = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, is_causal=True, scale=0.3, enable_gqa=True
     )
-    torch.testing.assert_close(attention.GroupedAttention.apply(q, k, v, 0.3), expected)
-    torch.autograd.gradcheck(lambda *s: attention.GroupedAttention.apply(*s, 0.3), (q, k, v))
+    torch.testing.assert_close(attention.grouped_attention(q, k, v, 0.3), expected)
+    torch.autograd.gradcheck(lambda *s: attention.grouped_attention(*s, 0.3), (q, k, v))
 
 
 def test_a_family_that_is_not_verified_never_packs() -> None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from lorakit.model import loss
 from lorakit.model.families import plain_head
-from lorakit.model.loss import HeadLoss, token_loss, token_scores
+from lorakit.model.loss import head_loss, token_loss, token_scores
 from tests.model.batches import documents, padded
 from tests.tiny import FAMILIES, tiny_model
 
@@ -44,7 +44,9 @@ def leave(model: PreTrainedModel) -> None:
     pass
 
 
-def frozen(family: str, dtype: torch.dtype = torch.float32, *, tied: bool = False) -> PreTrainedModel:
+def frozen(
+    family: str, dtype: torch.dtype = torch.float32, *, tied: bool = False
+) -> PreTrainedModel:
     model = tiny_model(family, dtype=dtype, tied=tied).requires_grad_(False)
     layer = next(m for m in model.base_model.modules() if isinstance(m, nn.ModuleList))[0]
     layer.requires_grad_()
@@ -113,9 +115,9 @@ def test_head_loss_passes_gradcheck(with_bias: bool, small_chunks: None) -> None
     weight = torch.randn(7, 5, generator=generator, dtype=torch.float64)
     bias = torch.randn(7, generator=generator, dtype=torch.float64) if with_bias else None
     targets = torch.randint(7, (9,), generator=generator)
-    assert torch.autograd.gradcheck(lambda h: 3 * HeadLoss.apply(h, weight, bias, targets), (hidden,))
+    assert torch.autograd.gradcheck(lambda h: 3 * head_loss(h, weight, bias, targets), (hidden,))
     expected = F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction="sum")
-    torch.testing.assert_close(HeadLoss.apply(hidden, weight, bias, targets), expected)
+    torch.testing.assert_close(head_loss(hidden, weight, bias, targets), expected)
 
 
 def test_bf16_hidden_states_give_an_fp32_loss() -> None:
@@ -123,7 +125,7 @@ def test_bf16_hidden_states_give_an_fp32_loss() -> None:
     hidden = torch.randn(40, 16, generator=generator).bfloat16().requires_grad_()
     weight = torch.randn(90, 16, generator=generator).bfloat16()
     targets = torch.randint(90, (40,), generator=generator)
-    value = HeadLoss.apply(hidden, weight, None, targets)
+    value = head_loss(hidden, weight, None, targets)
     assert value.dtype is torch.float32
     (grad,) = torch.autograd.grad(value, hidden)
     exact = hidden.detach().double().requires_grad_()
