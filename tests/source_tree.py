@@ -1,0 +1,122 @@
+"""The package as syntax trees, for the tests that read the code instead of running it."""
+
+import ast
+import re
+import tomllib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported name: `module` is all of it that is known to be a module."""
+
+    module: str
+    name: str
+    place: str
+    function: str | None
+
+    @property
+    def package(self) -> str:
+        return self.module.split(".")[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Module:
+    """One file of the package."""
+
+    path: Path
+
+    @cached_property
+    def file(self) -> str:
+        return self.path.relative_to(ROOT / "lorakit").as_posix()
+
+    @cached_property
+    def name(self) -> str:
+        return ".".join(("lorakit", *self.file.removesuffix(".py").split("/"))).removesuffix(
+            ".__init__"
+        )
+
+    @property
+    def room(self) -> str:
+        return room_of(self.name)
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.path.read_text(encoding="utf-8"))
+
+    @cached_property
+    def nodes(self) -> list[ast.AST]:
+        return list(ast.walk(self.tree))
+
+    @cached_property
+    def functions(self) -> list[Function]:
+        return [node for node in self.nodes if isinstance(node, Function)]
+
+    def at(self, node: ast.AST) -> str:
+        return f"lorakit/{self.file}:{node.lineno}"
+
+    @cached_property
+    def imports(self) -> list[Import]:
+        inside = {id(n): f.name for f in self.functions for n in ast.walk(f)}
+        found = []
+        for node in self.nodes:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                source = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+                for alias in node.names:
+                    full = f"{source}.{alias.name}" if source else alias.name
+                    module = source if source and full not in MODULES else full
+                    found.append(Import(module, alias.name, self.at(node), inside.get(id(node))))
+        return found
+
+    @cached_property
+    def texts(self) -> list[ast.Constant]:
+        """String constants that are no docstrings."""
+        docstrings = {
+            id(node.value)
+            for node in self.nodes
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        }
+        return [
+            node
+            for node in self.nodes
+            if isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and id(node) not in docstrings
+        ]
+
+
+def room_of(module: str) -> str:
+    return [*module.split("."), ""][1]
+
+
+MODULES = {module.name: module for module in map(Module, sorted((ROOT / "lorakit").rglob("*.py")))}
+METHODS = {path.stem for path in (ROOT / "lorakit/adapters").glob("[a-z]*.py")}
+
+
+def declared(extra: str | None = None) -> set[str]:
+    """Return the import names of the dependencies, or of one extra."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["optional-dependencies"][extra] if extra else project["dependencies"]
+    names = {re.match(r"[\w.-]+", entry)[0].lower() for entry in wanted}
+    special = {"pyyaml": "yaml", "mlflow-skinny": "mlflow"}
+    return {special.get(name, name.replace("-", "_")) for name in names}
+
+
+EXTRAS = {
+    name
+    for extra in "eval lm-eval gguf kernels tensorboard wandb mlflow sweep".split()
+    for name in declared(extra)
+}
+
+
+def dotted(node: ast.AST) -> str:
+    """Return `a.b.c` for a name or an attribute of names, else an empty text."""
+    if isinstance(node, ast.Attribute):
+        left = dotted(node.value)
+        return f"{left}.{node.attr}" if left else ""
+    return node.id if isinstance(node, ast.Name) else ""
