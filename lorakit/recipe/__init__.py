@@ -1,0 +1,1 @@
+"""The YAML language of recipes: sections, reader, messages and schema."""

@@ -8,7 +8,7 @@ folder it is relative to.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, LiteralString, Self
 
 from pydantic import (
     BaseModel,
@@ -17,10 +17,13 @@ from pydantic import (
     Field,
     PrivateAttr,
     SerializeAsAny,
-    WithJsonSchema,
+    field_validator,
+    model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from lorakit.errors import Place
+from lorakit.recipe.bounds import read_bound
 
 DEFAULT_METHOD = "lora"
 
@@ -44,6 +47,20 @@ def _as_held_out(value: Any) -> Any:
     return value if is_fraction else _as_sources(value)
 
 
+def _as_model(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+def fault(id: LiteralString, sentence: str, *below: str, help: str = "") -> PydanticCustomError:
+    """Make the error that a validator raises: an id, a sentence, and what to do about it.
+
+    `below` are the keys under the validated value that lead to the place at fault.
+    """
+    context = {"sentence": sentence, "below": below, "help": help}
+    return PydanticCustomError(id, "{sentence}", context)
+
+
+_Text = Annotated[str, Field(min_length=1)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 
 
@@ -60,7 +77,7 @@ class Model(Section):
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     quantization: Literal["none"] = Field("none", description="how base weights are stored")
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
-        "auto", description="auto: bf16 where the device is fast at it, else fp16 on a GPU, fp32 on a CPU"
+        "auto", description="auto: bf16 where that is fast, else fp16 on a GPU, fp32 on a CPU"
     )
     attention: Literal["auto", "sdpa", "flash", "eager"] = Field(
         "auto", description="attention kernel; auto: packed attention without a mask where possible"
@@ -71,7 +88,7 @@ class Model(Section):
 
 
 class Adapter(Section):
-    """The adapter: `method` names a file in `lorakit/adapters/`, whose settings are the other keys."""
+    """What is trained: `method` names a file in `lorakit/adapters/`, which has the other keys."""
 
     method: str = Field(DEFAULT_METHOD, description="see `lorakit methods`")
 
@@ -79,7 +96,9 @@ class Adapter(Section):
 class Source(Section):
     """Rows to read. The short form is a path or a hub id."""
 
-    path: str = Field(min_length=1, description="a .jsonl, .json, .csv or .parquet file, or a hub id")
+    path: str = Field(
+        min_length=1, description="a .jsonl, .json, .csv or .parquet file, or a hub id"
+    )
     split: str | None = Field(None, description="split of a hub data set, written like train[:100]")
     format: str | None = Field(None, description="as data.format, for this source alone")
     columns: dict[str, str] = Field(
@@ -89,14 +108,15 @@ class Source(Section):
     max_samples: int | None = Field(None, ge=1, description="take only this many rows")
 
 
-Sources = Annotated[
-    tuple[Source, ...],
-    BeforeValidator(_as_sources),
-    Field(min_length=1),
-]
+# What a user may write for sources; the recipe always holds a tuple of them.
+_Written = _Text | Source | Annotated[list[_Text | Source], Field(min_length=1)]
+_Fraction = Annotated[float, Field(gt=0, lt=1)]
+_Several = Annotated[tuple[Source, ...], Field(min_length=1)]
+
+Sources = Annotated[_Several, BeforeValidator(_as_sources, json_schema_input_type=_Written)]
 HeldOut = Annotated[
-    Annotated[float, Field(gt=0, lt=1)] | Annotated[tuple[Source, ...], Field(min_length=1)] | None,
-    BeforeValidator(_as_held_out),
+    _Fraction | _Several | None,
+    BeforeValidator(_as_held_out, json_schema_input_type=_Fraction | _Written | None),
 ]
 
 
@@ -130,13 +150,15 @@ class Data(Section):
 class Skip(Section):
     """Leave out this many non-finite steps before stopping."""
 
-    skip: int = Field(ge=1)
+    skip: int = Field(ge=1, description="optimizer steps")
 
 
 class Train(Section):
     """The loop: how long, how fast, how often it looks and saves."""
 
-    epochs: float = Field(1.0, gt=0, description="passes over the data; the smaller of this and max_steps stops")
+    epochs: float = Field(
+        1.0, gt=0, description="passes over the data; the smaller of this and max_steps stops"
+    )
     max_steps: int | None = Field(None, ge=1, description="optimizer steps")
     batch_size: int = Field(
         16, ge=1, description="sequences per optimizer step over all devices and micro-batches"
@@ -168,11 +190,22 @@ class Train(Section):
     )
     keep_checkpoints: int = Field(2, ge=2, description="the newest; the best is kept besides")
 
+    @model_validator(mode="after")
+    def _micro_batch_fits(self) -> Self:
+        if isinstance(self.micro_batch_size, int) and self.micro_batch_size > self.batch_size:
+            raise fault(
+                "recipe.conflict",
+                f"{self.micro_batch_size} sequences per forward pass are more than the "
+                f"{self.batch_size} of train.batch_size",
+                "micro_batch_size",
+            )
+        return self
+
 
 class Generate(Section):
     """How answers are generated for the metrics that need them."""
 
-    max_new_tokens: int = Field(128, ge=1)
+    max_new_tokens: int = Field(128, ge=1, description="longest answer in tokens")
     temperature: float = Field(0.0, ge=0, description="0 is greedy")
 
 
@@ -185,39 +218,73 @@ class Gate(Section):
         None, gt=0.5, lt=1, description="the bound must hold at this one-sided confidence"
     )
 
+    @field_validator("min", "max")
+    @classmethod
+    def _is_bound(cls, bound: float | str | None) -> float | str | None:
+        try:
+            if bound is not None:
+                read_bound(bound)
+        except ValueError as error:
+            raise fault("recipe.conflict", str(error)) from None
+        return bound
+
+    @model_validator(mode="after")
+    def _binds(self) -> Self:
+        if self.min is None and self.max is None:
+            raise fault("recipe.conflict", "a gate needs min or max")
+        return self
+
 
 class Eval(Section):
     """Metrics of the adapter and of the base, and the gates that decide the exit code."""
 
-    data: Annotated[tuple[Source, ...], Field(min_length=1)] | None = Field(
-        None, description="else data.eval"
-    )
+    data: Sources | None = Field(None, description="a path, source or list; else data.eval")
     metrics: Annotated[tuple[Metric, ...], BeforeValidator(_as_tuple)] = Field(
-        ("loss", "perplexity"), min_length=1
+        ("loss", "perplexity"), min_length=1, description="what is computed"
     )
     normalize: Annotated[tuple[Normalization, ...], BeforeValidator(_as_tuple)] = Field(
         ("strip",),
         description="before exact_match compares; number: the last number, json: parsed values",
     )
-    generate: Generate = Generate()
-    gates: dict[Metric, Gate] = Field(default_factory=dict)
+    generate: Generate = Field(Generate(), description="how answers are generated")
+    gates: dict[Metric, Gate] = Field(
+        default_factory=dict, description="metric: its bounds; a missed one ends in exit code 1"
+    )
+
+    @model_validator(mode="after")
+    def _gates_have_metrics(self) -> Self:
+        for metric in self.gates:
+            if metric not in self.metrics:
+                raise fault(
+                    "recipe.conflict",
+                    "a gate on a metric that is not computed",
+                    "gates",
+                    metric,
+                    help=f"add {metric} to eval.metrics",
+                )
+        return self
 
 
 class Merge(Section):
     """The merged model, written after training when enabled."""
 
-    enabled: bool = False
-    dtype: Literal["keep", "bf16", "fp16", "fp32"] = Field("keep", description="keep: the base's own")
-    out: str = Field("{output_dir}/merged", min_length=1)
+    enabled: bool = Field(False, description="write the merged model")
+    dtype: Literal["keep", "bf16", "fp16", "fp32"] = Field(
+        "keep", description="keep: the base's own"
+    )
+    out: str = Field("{output_dir}/merged", min_length=1, description="folder of the merged model")
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a recipe came from, for paths that are relative to it and for messages about it."""
+    """Where a recipe came from, for paths that are relative to it and for messages about it.
 
-    path: Path
-    text: bytes
-    places: dict[tuple[str | int, ...], Place] = field(default_factory=dict)
+    All origins compare equal: two recipes are the same when they say the same.
+    """
+
+    path: Path = field(compare=False)
+    text: bytes = field(compare=False)
+    places: dict[tuple[str | int, ...], Place] = field(default_factory=dict, compare=False)
 
     @property
     def name(self) -> str:
@@ -237,15 +304,22 @@ class Origin:
 class Recipe(Section):
     """A whole run, defaults filled in."""
 
-    model: Model
+    model: Annotated[Model, BeforeValidator(_as_model, json_schema_input_type=_Text | Model)] = (
+        Field(description="the base model; a text is its path")
+    )
     task: Literal["causal-lm"] = Field("causal-lm", description="what the model is trained to do")
-    adapter: SerializeAsAny[Adapter] = Adapter()
-    data: Data
-    train: Train = Train()
-    eval: Eval = Eval()
-    merge: Merge = Merge()
-    output_dir: str = Field("runs/{name}", min_length=1, description="{name} is the recipe's file name")
-    seed: int = Field(42, ge=0, lt=2**63)
+    adapter: SerializeAsAny[Adapter] = Field(Adapter(), description="what is trained")
+    data: Data = Field(description="what it learns from")
+    train: Train = Field(Train(), description="the loop")
+    eval: Eval = Field(Eval(), description="metrics and gates")
+    merge: Merge = Field(Merge(), description="the merged model")
+    output_dir: str = Field(
+        "runs/{name}",
+        min_length=1,
+        description="folder of the run, relative to the working folder; "
+        "{name} is the recipe's file name, {date} and {seed} work too",
+    )
+    seed: int = Field(42, ge=0, lt=2**63, description="of initial values, order and dropout")
 
     _origin: Origin = PrivateAttr(default_factory=lambda: Origin(Path("recipe.yaml"), b""))
 
@@ -256,4 +330,4 @@ class Recipe(Section):
     @property
     def run_folder(self) -> Path:
         """The run's folder, relative to the working folder."""
-        return Path(self.output_dir.replace("{name}", self.origin.name))
+        return Path(self.output_dir)
