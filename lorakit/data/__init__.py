@@ -1,0 +1,1 @@
+"""From rows to batches: source, formats, template, tokens, packing, batches."""

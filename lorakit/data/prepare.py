@@ -1,0 +1,164 @@
+"""Sources → examples: everything that happens to data before the first batch, counted."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from lorakit.data.items import read
+from lorakit.data.kept import Kept
+from lorakit.data.report import Report
+from lorakit.data.template import Renderer
+from lorakit.data.tokens import Encoder, Example, Prompt
+from lorakit.errors import BadInput, Interrupted, Notice
+from lorakit.recipe.sections import Data, Source
+
+ROWS_AT_ONCE = 512
+
+Progress = Callable[[int, int], None]
+Stop = Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Rows ready to train on, what was found on the way, and what generation needs to know.
+
+    `weights` are repeats per epoch of each training row. `eval_prompts` leaves out rows of plain
+    text. `stop_ids` are the tokens that answers end in. `chat_template` is the one in use.
+    """
+
+    train: tuple[Example, ...]
+    eval: tuple[Example, ...]
+    eval_prompts: tuple[Prompt, ...]
+    weights: tuple[float, ...]
+    report: Report
+    notices: tuple[Notice, ...]
+    stop_ids: frozenset[int]
+    chat_template: str | None
+    max_length: int
+
+
+def prepare(
+    section: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    base_context: int | None,
+    *,
+    folder: Path,
+    seed: int,
+    offline: bool,
+    allow_local_code: bool,
+    eval_sources: Sequence[Source] | None = None,
+    only: Literal["train", "eval"] | None = None,
+    progress: Progress | None = None,
+    stop: Stop | None = None,
+) -> Dataset:
+    """Read, render and tokenise all data.
+
+    Args:
+        section: the recipe's `data`.
+        tokenizer: the base's.
+        base_context: positions of the base, where it has a limit.
+        folder: what paths are relative to.
+        seed: of the train/eval split.
+        offline: whether hub ids are refused.
+        allow_local_code: whether `module:function` may run.
+        eval_sources: taken in place of `data.eval`.
+        only: the set to tokenise; the other is left empty.
+        progress: hears rows done and rows in all.
+        stop: asked now and then whether to stop.
+
+    Raises:
+        BadInput: when a row, the template or the lengths do not allow training.
+        EnvironmentLacks: `env.offline`.
+        Interrupted: when `stop` said so; nothing was written.
+    """
+    max_length = longest_allowed(section, base_context)
+    items = read(
+        section,
+        folder=folder,
+        seed=seed,
+        offline=offline,
+        allow_local_code=allow_local_code,
+        eval_sources=eval_sources,
+        only=only,
+    )
+    renderer = renderer_of(section, tokenizer, folder)
+    encoder = Encoder(tokenizer, renderer.special)
+    wanted = {"train": items.train, "eval": items.eval}
+    total = sum(len(some) for name, some in wanted.items() if only in (None, name))
+    done = 0
+    sets = {name: Kept(name, section, max_length) for name in wanted}
+    for name, some in wanted.items():
+        if only not in (None, name):
+            continue
+        for at in range(0, len(some), ROWS_AT_ONCE):
+            if stop is not None and stop():
+                message = "stopped while the data was read; nothing was written"
+                raise Interrupted("run.interrupted", message)
+            sets[name].add(some[at : at + ROWS_AT_ONCE], renderer, encoder)
+            done += min(ROWS_AT_ONCE, len(some) - at)
+            if progress is not None:
+                progress(done, total)
+        sets[name].check()
+    return _dataset(sets["train"], sets["eval"], items.notices, items.sha256, renderer, tokenizer)
+
+
+def longest_allowed(section: Data, base_context: int | None) -> int:
+    """Return max_length, at most the base's context.
+
+    Raises:
+        BadInput: `model.context-too-short` when the recipe asks for more.
+    """
+    if base_context is None or section.max_length <= base_context:
+        return section.max_length
+    if "max_length" in section.model_fields_set:
+        raise BadInput(
+            "model.context-too-short",
+            f"data.max_length {section.max_length} > the model's {base_context} positions",
+            help=f"set data.max_length to at most {base_context}",
+        )
+    return base_context
+
+
+def renderer_of(section: Data, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Renderer:
+    """Return what renders the conversations of this recipe."""
+    return Renderer(
+        tokenizer,
+        chat_template=section.chat_template,
+        train_on=section.train_on,
+        system=section.system,
+        folder=folder,
+    )
+
+
+def _dataset(
+    train: Kept,
+    held_out: Kept,
+    notices: tuple[Notice, ...],
+    sha256: dict[str, str],
+    renderer: Renderer,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Dataset:
+    ends = {example.last_trained for example in (*train.examples, *held_out.examples)}
+    special = {id for id in ends if id in renderer.special.ids}
+    stops = frozenset(special | ({eos} if (eos := tokenizer.eos_token_id) is not None else set()))
+    seen = {example.ids.tobytes() for example in train.examples}
+    overlap = sum(example.ids.tobytes() in seen for example in held_out.examples)
+    found = [*notices, *train.notices(stops), *held_out.notices(stops)]
+    if overlap:
+        message = f"{overlap:,} of {len(held_out.examples):,} eval rows are in train as well"
+        found.append(Notice("data.overlap", message))
+    report = Report(train.counts(stops), held_out.counts(stops), overlap, sha256, train.max_length)
+    return Dataset(
+        tuple(train.examples),
+        tuple(held_out.examples),
+        tuple(held_out.prompts),
+        tuple(train.weights),
+        report,
+        tuple(found),
+        stops,
+        renderer.template.source if renderer.template else None,
+        train.max_length,
+    )

@@ -1,0 +1,260 @@
+"""Rows of a source: a .jsonl, .json, .csv or .parquet file, or a data set of the hub.
+
+Every row knows its file and line. Nothing is coerced: a number stays a number.
+"""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import BadInput, EnvironmentLacks, Place, one_of
+from lorakit.recipe.sections import Source
+from lorakit.storage import strict_json
+from lorakit.storage.disk import storage_errors
+from lorakit.storage.hashing import sha256_file, sha256_json
+from lorakit.storage.paths import open_regular
+from lorakit.storage.redact import printable
+
+MAX_JSON_BYTES = 1 << 30
+
+Numbered = tuple[int | None, dict[str, Any]]
+
+_PACKED = (".gz", ".zst", ".xz", ".bz2", ".zip", ".tar", ".tgz")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
+_SPLIT = re.compile(r"(?P<name>[\w.-]*)(?:\[(?P<from>-?\d+%?)?:(?P<to>-?\d+%?)?\])?")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row: its values, where it stands, and the number of its source."""
+
+    value: dict[str, Any]
+    place: Place
+    source: int
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The rows of one source, and the digest of what they were read from."""
+
+    source: Source
+    rows: tuple[Row, ...]
+    sha256: str
+
+
+def load(source: Source, number: int, *, folder: Path, offline: bool) -> Loaded:
+    """Read the rows of a source; its path is relative to `folder`.
+
+    Raises:
+        BadInput: when the file is missing, of another kind, or has a row that cannot be read.
+        EnvironmentLacks: `env.offline` for a hub id without network.
+    """
+    path = folder / source.path
+    if _is_hub_id(source.path, folder):
+        rows, digest = _from_hub(source, offline)
+    else:
+        rows = list(islice(_reader(path)(path), _needed(source)))
+        rows, digest = rows[_slice(source, len(rows))], sha256_file(path)
+    if not rows:
+        raise BadInput("data.empty", "the file is empty: it has no rows", where=str(path))
+    taken = rows[: source.max_samples]
+    name = str(path) if path.exists() else source.path
+    return Loaded(
+        source, tuple(Row(value, Place(name, line), number) for line, value in taken), digest
+    )
+
+
+def _is_hub_id(path: str, folder: Path) -> bool:
+    """Tell whether a path is neither there nor named like a file, nor in a folder that is there."""
+    found = (folder / path).exists() or (folder / path.partition("/")[0]).exists()
+    like_a_file = Path(path).suffix.lower() in (*_READERS, *_PACKED, ".py", ".txt")
+    return not found and not like_a_file and bool(_HUB_ID.fullmatch(path))
+
+
+def _reader(path: Path) -> Callable[[Path], Iterator[Numbered]]:
+    """Choose by the name's ending; what is no regular file is refused before it is opened."""
+    open_regular(path, "data").close()
+    ending = path.suffix.lower()
+    if ending in _PACKED:
+        raise BadInput(
+            "data.compressed",
+            f"the file is compressed ({ending})",
+            where=str(path),
+            help="unpack it first",
+        )
+    if ending not in _READERS:
+        raise BadInput(
+            "data.not-a-file",
+            f"not a regular data file: expected a name that ends in {one_of(_READERS)}, "
+            f"found '{printable(path.name)}'",
+            where=str(path),
+        )
+    return _READERS[ending]
+
+
+def _jsonl(path: Path) -> Iterator[Numbered]:
+    return strict_json.read_lines(path, "data")
+
+
+def _json(path: Path) -> Iterator[Numbered]:
+    value = strict_json.read(path, "data", max_bytes=MAX_JSON_BYTES)
+    rows = value.get("data") if isinstance(value, dict) else value
+    if not isinstance(rows, list):
+        raise BadInput(
+            "data.not-an-object",
+            'expected a list of objects, or an object whose "data" is one',
+            where=str(path),
+            help="when the file has one object per line, give it a name that ends in .jsonl",
+        )
+    lines = _element_lines(path.read_text("utf-8-sig"))
+    for line, row in zip(lines, rows, strict=True):
+        if not isinstance(row, dict):
+            found = strict_json.dumps_line(row)
+            raise BadInput(
+                "data.not-an-object",
+                f"expected an object, found {printable(found, 30)}",
+                where=Place(str(path), line),
+            )
+        yield line, row
+
+
+def _element_lines(text: str) -> Iterator[int]:
+    """Yield the line of each element of the list; the text is known to be well formed."""
+    decode = json.JSONDecoder().raw_decode
+    at = _skip(text, 0)
+    if text[at] == "{":
+        key, at = decode(text, _skip(text, at + 1))
+        while key != "data":
+            _, at = decode(text, _skip(text, at))
+            key, at = decode(text, _skip(text, at))
+        at = _skip(text, at)
+    at = _skip(text, at + 1)
+    line, counted = 1, 0
+    while text[at] != "]":
+        line, counted = line + text.count("\n", counted, at), at
+        yield line
+        at = _skip(text, decode(text, at)[1])
+
+
+def _skip(text: str, at: int) -> int:
+    """Return where the next key or value begins."""
+    while text[at] in " \t\r\n:,":
+        at += 1
+    return at
+
+
+def _csv(path: Path) -> Iterator[Numbered]:
+    with open_regular(path, "data") as file, storage_errors(path):
+        content = file.read()
+    if content.startswith(b"\x1f\x8b"):
+        message = "the bytes are gzip (.gz), not text"
+        raise BadInput("data.compressed", message, where=str(path), help="unpack it first")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        offset = error.start - content.rfind(b"\n", 0, error.start) - 1
+        message = f"not UTF-8: byte offset {offset} of the line is 0x{content[error.start]:02x}"
+        raise BadInput("data.encoding", message, where=Place(str(path), line)) from None
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header: list[str] = []
+    line = 1
+    try:
+        for cells in reader:
+            if cells and not header:
+                header = _header(cells, Place(str(path), line))
+            elif cells:
+                if len(cells) != len(header):
+                    message = f"{len(cells)} cells, the header has {len(header)}"
+                    raise BadInput("data.syntax", message, where=Place(str(path), line))
+                yield line, dict(zip(header, cells, strict=True))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise BadInput("data.syntax", f"not CSV: {error}", where=Place(str(path), line)) from None
+
+
+def _header(cells: list[str], where: Place) -> list[str]:
+    twice = next((name for name in cells if cells.count(name) > 1), None)
+    if twice is not None:
+        message = f"two columns are called '{printable(twice)}'"
+        raise BadInput("data.duplicate-key", message, where=where)
+    return cells
+
+
+def _parquet(path: Path) -> Iterator[Numbered]:
+    # Half a second to import, for this kind of file alone; it comes with `datasets`.
+    parquet = import_module("pyarrow.parquet")
+    try:
+        rows = parquet.read_table(path, memory_map=False).to_pylist()
+    except (ValueError, OSError) as error:  # Arrow's own errors are subclasses
+        message = f"not parquet: {printable(str(error))}"
+        raise BadInput("data.syntax", message, where=str(path)) from None
+    for row in rows:
+        yield None, row
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Numbered]]] = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}
+
+
+def _from_hub(source: Source, offline: bool) -> tuple[list[Numbered], str]:
+    """Read a data set of the hub, at the split asked for; scripts never run."""
+    if offline:
+        raise EnvironmentLacks(
+            "env.offline",
+            f"'{source.path}' is no file here, and the hub cannot be reached offline",
+            help="name a file (relative to the recipe), or run without --offline",
+        )
+    # A second to import, for hub ids alone.
+    datasets = import_module("datasets")
+    try:
+        table = datasets.load_dataset(source.path, split=source.split or "train")
+    except ConnectionError as error:
+        message = printable(str(error), 300)
+        raise EnvironmentLacks("env.offline", message, where=source.path) from None
+    except (FileNotFoundError, ValueError, RuntimeError) as error:
+        raise BadInput(
+            "data.not-found",
+            printable(str(error), 300),
+            where=source.path,
+            help="name a file (relative to the recipe), or a data set of the hub and its split",
+        ) from None
+    needed = range(min(len(table), source.max_samples or len(table)))
+    rows = list(table.select(needed))
+    return [(None, row) for row in rows], sha256_json(repr(rows))
+
+
+def _needed(source: Source) -> int | None:
+    """Return how many rows must be read; None means all, for a slice needs their number."""
+    return None if source.split and "[" in source.split else source.max_samples
+
+
+def _slice(source: Source, rows: int) -> slice:
+    """Return the rows that `split` asks for; a file has one split, `train`."""
+    if source.split is None:
+        return slice(None)
+    match = _SPLIT.fullmatch(source.split)
+    if match is None or match["name"] not in ("", "train"):
+        raise BadInput(
+            "recipe.bad-choice",
+            f"split: a file has the split train alone, got '{printable(source.split)}'",
+            help="write train[:100] or train[10%:20%], or name another file",
+        )
+
+    def position(text: str | None) -> int | None:
+        if text is None:
+            return None
+        return round(int(text[:-1]) * rows / 100) if text.endswith("%") else int(text)
+
+    return slice(position(match["from"]), position(match["to"]))

@@ -1,0 +1,137 @@
+"""Pieces → token ids and labels: the one tokenisation for training, evaluation and generation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from lorakit.data.template import BREAK, Rendered, Special
+from lorakit.errors import BadInput, Place
+
+MASKED = -100
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A row as the model sees it: ids (tokens,) and labels (tokens,), both int32.
+
+    A label is the id at its own position where that token is trained, else -100. The first is
+    always -100: nothing comes before it. `cut` says that the row was longer than max_length.
+    """
+
+    ids: NDArray[np.int32]
+    labels: NDArray[np.int32]
+    place: Place
+    cut: bool = False
+
+    @property
+    def trained(self) -> int:
+        """The number of trained tokens."""
+        return int(np.count_nonzero(self.labels != MASKED))
+
+    @property
+    def last_trained(self) -> int | None:
+        """The id of the last trained token."""
+        trained = self.labels[self.labels != MASKED]
+        return int(trained[-1]) if len(trained) else None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is asked: ids through the generation prompt, their text, the answer expected."""
+
+    ids: tuple[int, ...]
+    text: str
+    reference: str
+    place: Place
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Encoded:
+    """Ids and labels at full length; `prompt` counts the ids before the last answer."""
+
+    ids: NDArray[np.int32]
+    labels: NDArray[np.int32]
+    prompt: int | None
+
+
+class Encoder:
+    """Tokenise pieces, each as if it stood where it stands.
+
+    A piece is cut off from the one before it, as an answer is from its prompt when a model
+    generates. So that no tokenizer takes its start for the start of a text, it is tokenised behind
+    an anchor whose ids are then dropped: the special token that ends the piece before it, else a
+    break.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, special: Special) -> None:
+        """Prepare the tokenizer.
+
+        Raises:
+            BadInput: `tokenizer.missing` when it has no tokenizer.json to work from.
+        """
+        if not tokenizer.is_fast:
+            raise BadInput(
+                "tokenizer.missing",
+                f"{type(tokenizer).__name__} is a slow tokenizer; lorakit needs tokenizer.json",
+                help="load it once with transformers and save it with save_pretrained",
+            )
+        self._special = special
+        self._backend = tokenizer.backend_tokenizer
+        # A tokenizer.json may ask for both, and rows would be cut in silence.
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._anchors = {
+            name: self._backend.encode(name, add_special_tokens=False).ids
+            for name in (*special.names, BREAK)
+        }
+
+    def encode(self, rows: Sequence[Rendered]) -> list[Encoded]:
+        """Return ids and labels of rendered conversations, in their order."""
+        pieces = [(anchor, text) for row in rows for anchor, text in self._anchored(row)]
+        found = self._backend.encode_batch_fast(
+            [anchor + text for anchor, text in pieces], add_special_tokens=False
+        )
+        ids = iter(
+            [
+                self._dropped(anchor, text, one.ids)
+                for (anchor, text), one in zip(pieces, found, strict=True)
+            ]
+        )
+        return [_joined(row, [next(ids) for _ in row.pieces]) for row in rows]
+
+    def _anchored(self, row: Rendered) -> list[tuple[str, str]]:
+        pieces, before = [], ""
+        for piece in row.pieces:
+            anchor = (self._special.at_end(before) or BREAK) if before else ""
+            pieces.append((anchor, piece.text))
+            before = piece.text or before
+        return pieces
+
+    def _dropped(self, anchor: str, text: str, ids: list[int]) -> list[int]:
+        """Return the ids without those of the anchor and of the breaks within the text."""
+        start = self._anchors[anchor] if anchor else []
+        if BREAK not in text and ids[: len(start)] == start:
+            return ids[len(start) :]
+        whole = anchor + text
+        exact = self._backend.encode(whole, add_special_tokens=False)
+        return [
+            id
+            for id, (start, end) in zip(exact.ids, exact.offsets, strict=True)
+            if end > len(anchor) and whole[start:end] != BREAK
+        ]
+
+
+def _joined(row: Rendered, ids: list[list[int]]) -> Encoded:
+    whole = np.array([id for piece in ids for id in piece], np.int32)
+    labels = np.full_like(whole, MASKED)
+    at = 0
+    for piece, some in zip(row.pieces, ids, strict=True):
+        if piece.trained:
+            labels[at : at + len(some)] = whole[at : at + len(some)]
+        at += len(some)
+    labels[:1] = MASKED
+    prompt = None if row.answer is None else sum(map(len, ids[: row.answer]))
+    return Encoded(whole, labels, prompt)
