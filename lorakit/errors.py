@@ -77,7 +77,8 @@ class BadInput(LorakitError):
         data.not-an-object data.not-finite data.duplicate-key data.missing-column
         data.missing-field data.null data.wrong-type data.bad-messages data.bad-role
         data.no-assistant data.no-trained-tokens data.template-refused data.too-large data.too-long
-        template.missing template.unsafe template.limit template.inconsistent
+        data.format-failed
+        template.missing template.syntax template.unsafe template.limit template.inconsistent
         tokenizer.missing tokenizer.mismatch
         model.not-found model.bad-config model.unknown-type model.bad-index model.missing-tensor
         model.shape-mismatch model.context-too-short
@@ -146,7 +147,8 @@ class Notice:
 
     ids: ClassVar[frozenset[str]] = frozenset(
         """
-        checkpoint.skipped security.remote-code data.dropped data.eos-untrained data.extra-fields
+        checkpoint.skipped security.remote-code security.local-code data.dropped data.cut
+        data.eos-untrained data.extra-fields data.overlap data.special-tokens
         adapter.base-unknown adapter.no-passport run.loss-spike recipe.unusual-value
         target.uneven run.packing-off model.dtype-fallback
         """.split()
