@@ -1,0 +1,125 @@
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from lorakit.errors import BadInput
+from lorakit.evaluation import generation
+from lorakit.evaluation.generation import Decoding, generate, stop_ids
+from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
+
+NEW = 12
+
+
+def prompts(count: int = 7, seed: int = 5) -> list[list[int]]:
+    """Return rows of different lengths, neither sorted nor starting alike."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [9, 3, 20, 1, 14, 3, 8][:count]
+    return [torch.randint(3, 300, (n,), generator=generator).tolist() for n in lengths]
+
+
+def stops_of(model: torch.nn.Module, rows: Sequence[Sequence[int]]) -> frozenset[int]:
+    """Return stop ids that end some of the rows early: tokens that a first look generates."""
+    found = generate(model, tiny_tokenizer(), rows, Decoding(NEW), stops=frozenset())
+    return frozenset(found[row].tokens[2 * row] for row in (1, 2, 4))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_answers_as_each_row_alone(family: str):
+    model, tokenizer, rows = tiny_model(family), tiny_tokenizer(), prompts()
+    stops = stops_of(model, rows)
+    together = generate(model, tokenizer, rows, Decoding(NEW), stops=stops)
+    alone = [generate(model, tokenizer, [row], Decoding(NEW), stops=stops)[0] for row in rows]
+    assert together == alone
+    assert len({len(answer.tokens) for answer in together}) > 2, (
+        "rows should leave at several steps"
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_is_what_a_forward_pass_without_cache_would_choose(family: str):
+    model, rows = tiny_model(family), prompts(3)
+    answers = generate(model, tiny_tokenizer(), rows, Decoding(NEW), stops=frozenset())
+    for row, answer in zip(rows, answers, strict=True):
+        ids = torch.tensor([[*row, *answer.tokens]])
+        with torch.no_grad():
+            best = model(input_ids=ids, use_cache=False).logits[0].argmax(-1).tolist()
+        assert list(answer.tokens) == best[len(row) - 1 : -1]
+
+
+def test_the_stop_token_ends_an_answer_and_is_no_part_of_it():
+    model, tokenizer, rows = tiny_model("llama"), tiny_tokenizer(), prompts()
+    free = generate(model, tokenizer, rows, Decoding(NEW), stops=frozenset())
+    stops = stops_of(model, rows)
+    for open_ended, answer in zip(
+        free, generate(model, tokenizer, rows, Decoding(NEW), stops=stops), strict=True
+    ):
+        cut = next((k for k, id in enumerate(open_ended.tokens) if id in stops), NEW)
+        assert answer.tokens == open_ended.tokens[:cut]
+        assert answer.stopped is (cut < NEW)
+        assert answer.text == tokenizer.decode(answer.tokens, skip_special_tokens=True)
+
+
+def test_stops_come_from_tokenizer_and_generation_settings():
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    model.generation_config.eos_token_id = [7, 9]
+    assert stop_ids(model, tokenizer) == {7, 9, tokenizer.eos_token_id}
+    model.generation_config.eos_token_id = 7
+    assert stop_ids(model, tokenizer) == {7, tokenizer.eos_token_id}
+
+
+def test_the_order_of_rows_and_the_size_of_batches_change_nothing(monkeypatch: pytest.MonkeyPatch):
+    model, tokenizer, rows = tiny_model("llama"), tiny_tokenizer(), prompts()
+    expected = generate(model, tokenizer, rows, Decoding(NEW))
+    assert generate(model, tokenizer, rows[::-1], Decoding(NEW)) == expected[::-1]
+    monkeypatch.setattr(generation, "ROWS", 2)
+    done: list[int] = []
+    assert generate(model, tokenizer, rows, Decoding(NEW), advance=done.append) == expected
+    assert done == [2, 2, 2, 1]
+    monkeypatch.setattr(generation, "TOKENS", 1)
+    assert generate(model, tokenizer, rows, Decoding(NEW)) == expected
+
+
+def test_sampling_depends_on_seed_and_row_alone():
+    model, tokenizer, rows = tiny_model("llama"), tiny_tokenizer(), prompts()
+    free = frozenset[int]()
+    hot = Decoding(NEW, temperature=1.5, seed=1)
+    first = generate(model, tokenizer, rows, hot, stops=free)
+    torch.manual_seed(99)
+    assert generate(model, tokenizer, rows, hot, stops=free) == first
+    assert generate(model, tokenizer, rows[:2], hot, stops=free) == first[:2]
+    other = Decoding(NEW, temperature=1.5, seed=1000)
+    assert generate(model, tokenizer, rows, other, stops=free) != first
+    repeated = generate(model, tokenizer, [rows[0]] * 3, hot, stops=free)
+    assert len({answer.tokens for answer in repeated}) == 3
+
+
+def test_sampling_follows_the_probabilities_within_top_p():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(4000, -1)
+    draws = [torch.Generator().manual_seed(seed) for seed in range(4000)]
+    for top_p, expected in ((1.0, [0.5, 0.3, 0.15, 0.05]), (0.7, [0.625, 0.375, 0, 0])):
+        chosen = generation._choose(logits, Decoding(temperature=1.0, top_p=top_p), draws)
+        shares = torch.bincount(chosen, minlength=4) / 4000
+        # Four standard errors of a share of one half over 4,000 draws.
+        torch.testing.assert_close(shares, torch.tensor(expected), atol=0.032, rtol=0)
+        assert all(share == 0 for share, wanted in zip(shares, expected, strict=True) if not wanted)
+
+
+def test_a_low_temperature_is_greedy():
+    model, tokenizer, rows = tiny_model("llama"), tiny_tokenizer(), prompts()
+    cold = generate(model, tokenizer, rows, Decoding(NEW, temperature=1e-4))
+    assert cold == generate(model, tokenizer, rows, Decoding(NEW))
+
+
+def test_answers_end_where_the_model_has_no_more_positions():
+    model, tokenizer = tiny_model("gpt2"), tiny_tokenizer()
+    long, short = [5] * 250, [5] * 3
+    found = generate(model, tokenizer, [short, long], Decoding(NEW), stops=frozenset())
+    assert [len(answer.tokens) for answer in found] == [NEW, 6]
+    with pytest.raises(BadInput, match="256 tokens, the model has 256") as caught:
+        generate(model, tokenizer, [[5] * 256], Decoding(NEW))
+    assert caught.value.id == "model.context-too-short"
+
+
+def test_nothing_to_answer_gives_nothing():
+    assert generate(tiny_model("llama"), tiny_tokenizer(), [], Decoding()) == []
