@@ -193,7 +193,7 @@ TRAIN = Wording(
         "What can you do about it?",
         "Please let me know what happens next.",
         "I only want this put right.",
-        "Please help.",
+        "Please assist.",
         "Can you check?",
     ),
 )
