@@ -1,21 +1,7 @@
 """What holds for every test: no network, one thread, the same examples each time."""
 
-import os
-
-# Read by libraries when they are imported, so set before any of them is.
-os.environ.update(
-    HF_HUB_OFFLINE="1",
-    HF_DATASETS_OFFLINE="1",
-    TRANSFORMERS_OFFLINE="1",
-    HF_HUB_DISABLE_TELEMETRY="1",
-    OMP_NUM_THREADS="1",
-    MKL_NUM_THREADS="1",
-    TOKENIZERS_PARALLELISM="false",
-)
-for variable in ("FORCE_COLOR", "NO_COLOR", "GITHUB_STEP_SUMMARY", "HF_TOKEN"):
-    os.environ.pop(variable, None)
-
 import ipaddress
+import os
 import socket
 from pathlib import Path
 from typing import Any
@@ -27,8 +13,26 @@ from lorakit import environment
 
 SMOLLM2 = "SmolLM2-135M-Instruct-Q4_1"
 
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+UNSET = ("FORCE_COLOR", "NO_COLOR", "GITHUB_STEP_SUMMARY", "HF_TOKEN")
+
 hypothesis.settings.register_profile("lorakit", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("lorakit")
+
+
+def pytest_configure() -> None:
+    """Set what libraries read when they are imported: no test file is imported yet."""
+    os.environ.update(ENVIRONMENT)
+    for variable in UNSET:
+        os.environ.pop(variable, None)
 
 
 @pytest.fixture(autouse=True)

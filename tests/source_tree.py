@@ -71,6 +71,8 @@ class Module:
                     full = f"{source}.{alias.name}" if source else alias.name
                     module = source if source and full not in MODULES else full
                     found.append(Import(module, alias.name, self.at(node), inside.get(id(node))))
+            elif name := imported_by_call(node):
+                found.append(Import(name, "", self.at(node), inside.get(id(node))))
         return found
 
     @cached_property
@@ -88,6 +90,14 @@ class Module:
             and isinstance(node.value, str)
             and id(node) not in docstrings
         ]
+
+
+def imported_by_call(node: ast.AST) -> str:
+    """Return `x` for `import_module("x")`, which is an import too."""
+    match node:
+        case ast.Call(func=function, args=[ast.Constant(value=str(name)), *_]):
+            return name if dotted(function).endswith("import_module") else ""
+    return ""
 
 
 def room_of(module: str) -> str:

@@ -39,7 +39,7 @@ THIRD_PARTIES = {
     "runtime": "accelerate torch",
     "model": "bitsandbytes huggingface_hub numpy safetensors torch transformers",
     "adapters": "pydantic torch",
-    "data": "datasets jinja2 numpy tokenizers torch",
+    "data": "datasets jinja2 numpy pyarrow tokenizers torch",
     "scoring": "torch",
     "training": "torch",
     "export": "torch",
@@ -122,7 +122,7 @@ def test_third_parties_stay_in_their_rooms() -> None:
 
 
 def test_every_third_party_is_declared() -> None:
-    brought_along = {"huggingface_hub", "jinja2", "numpy", "pydantic_core", "tokenizers"}
+    brought_along = set("huggingface_hub jinja2 numpy pyarrow pydantic_core tokenizers".split())
     known = {"lorakit", *sys.stdlib_module_names, *declared(), *EXTRAS, *brought_along}
     none(
         f"{each.place}: {each.package}"
