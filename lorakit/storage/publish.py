@@ -144,12 +144,12 @@ def _put(temporary: Path, target: Path) -> None:
         os.rename(target, old)
     try:
         os.rename(temporary, target)
-    except OSError:
-        if had_old:
+        sync(target.parent)
+    finally:
+        if os.path.lexists(target):
+            _delete(old)
+        elif had_old:
             os.rename(old, target)
-        raise
-    sync(target.parent)
-    _delete(old)
 
 
 def _delete(path: Path) -> None:

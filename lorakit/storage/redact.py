@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from urllib.parse import quote
 
 HIDDEN = "[redacted]"
@@ -34,9 +34,7 @@ def redact(text: str, environment: Mapping[str, str]) -> str:
         for name, value in environment.items()
         if is_secret(name) and len(value.strip()) >= _SHORTEST
     }
-    written = {
-        form for value in values for form in (value, value.strip(), _in_json(value), _in_url(value))
-    }
+    written = {form for value in values for form in _forms(value)}
     for form in sorted(written, key=len, reverse=True):
         text = text.replace(form, HIDDEN)
     return _SECRET_FORM.sub(HIDDEN, text)
@@ -58,9 +56,10 @@ def _visible(character: str) -> str:
     return character if character.isprintable() else character.encode("unicode_escape").decode()
 
 
-def _in_json(value: str) -> str:
-    return json.dumps(value)[1:-1]
-
-
-def _in_url(value: str) -> str:
-    return quote(value, safe="", errors="replace")
+def _forms(value: str) -> Iterator[str]:
+    """Yield a value as it may stand in text, in JSON and in an address."""
+    yield value
+    yield value.strip()
+    yield json.dumps(value)[1:-1]
+    yield quote(value, errors="replace")
+    yield quote(value, safe="", errors="replace")

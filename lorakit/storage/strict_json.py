@@ -11,28 +11,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lorakit.errors import LorakitError, Place
+from lorakit.errors import Place
 from lorakit.storage.disk import storage_errors
 from lorakit.storage.paths import file_error, open_regular
 from lorakit.storage.redact import printable
+from lorakit.storage.text import BOM, MAX_BYTES, decode, place_after, read_text, too_large
 
 MAX_DEPTH = 64
-MAX_BYTES = 64 << 20  # of one line, and of one file unless the caller allows more
-
 _BLOCK = 1 << 20
-_BOM = b"\xef\xbb\xbf"
-_PACKED = {
-    b"\x1f\x8b": "gzip (.gz)",
-    b"\x28\xb5\x2f\xfd": "zstd (.zst)",
-    b"\xfd7zXZ": "xz (.xz)",
-    b"BZh": "bzip2 (.bz2)",
-    b"PK\x03\x04": "zip (.zip)",
-}
 _TYPES = {list: "a list", str: "text", bool: "true or false", type(None): "null"}
 _STRING = r'"(?:[^"\\]++|\\.)*+"'
 _BRACKET = re.compile(rf"{_STRING}|[{{}}\[\]]", re.DOTALL)
 _TOKEN = re.compile(rf"{_STRING}|[{{}}\[\]:,]|[^\s{{}}\[\]:,\"]+", re.DOTALL)
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 
 
 class _Fault(Exception):
@@ -72,16 +63,12 @@ def parse(content: bytes | str, place: Place, family: str) -> Any:
     Raises:
         LorakitError: the family's error, with line and column, when it is not strictly JSON.
     """
-    if isinstance(content, str):
-        content = content.encode("utf-8", "surrogatepass")
+    text = decode(content, place, family) if isinstance(content, bytes) else content
     try:
-        text = _decoded(content)
         _check_depth(text)
         return _value(text)
     except _Fault as fault:
-        line = (place.line or 1) + fault.before.count("\n")
-        column = len(fault.before) - fault.before.rfind("\n")
-        where = Place(place.file, line, column)
+        where = place_after(fault.before, place)
         raise file_error(family, fault.kind, str(fault), where=where) from None
 
 
@@ -91,16 +78,11 @@ def read(path: Path, family: str, *, max_bytes: int = MAX_BYTES) -> Any:
     Raises:
         LorakitError: the family's error when it is missing, too large or not strictly JSON.
     """
+    text = read_text(path, family, max_bytes=max_bytes)
     where = Place(str(path))
-    with open_regular(path, family) as file, storage_errors(path):
-        content = file.read(max_bytes + 1)
-    if len(content) > max_bytes:
-        raise _too_large("the file", max_bytes, where, family)
-    _check_not_packed(content, where, family)
-    content = content.removeprefix(_BOM)
-    if not content.strip():
+    if not text.strip():
         raise file_error(family, "empty", "the file is empty", where=where)
-    return parse(content, where, family)
+    return parse(text, where, family)
 
 
 def read_object(path: Path, family: str, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
@@ -125,8 +107,7 @@ def read_lines(path: Path, family: str = "data") -> Iterator[tuple[int, dict[str
     for number, line in _lines(path, family):
         where = Place(file_name, number)
         if number == 1:
-            _check_not_packed(line, where, family)
-            line = line.removeprefix(_BOM)
+            line = line.removeprefix(BOM)
         if not line.strip():
             blank = blank or where
             continue
@@ -151,36 +132,12 @@ def _lines(path: Path, family: str) -> Iterator[tuple[int, bytes]]:
             for following, piece in enumerate(pieces, start=1):
                 line += piece
                 if len(line) > MAX_BYTES:
-                    raise _too_large("the line", MAX_BYTES, Place(str(path), number), family)
+                    raise too_large("the line", MAX_BYTES, Place(str(path), number), family)
                 if following < len(pieces):
                     yield number, bytes(line)
                     number, line = number + 1, bytearray()
     if line:
         yield number, bytes(line)
-
-
-def _too_large(what: str, limit: int, where: Place, family: str) -> LorakitError:
-    return file_error(family, "too-large", f"{what} is longer than {limit >> 20} MiB", where=where)
-
-
-def _check_not_packed(start: bytes, where: Place, family: str) -> None:
-    for magic, name in _PACKED.items():
-        if start.startswith(magic):
-            message = f"the bytes are {name}, not text"
-            raise file_error(
-                family, "compressed", message, where=where, help="unpack the file first"
-            )
-
-
-def _decoded(content: bytes) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        offset = error.start - content.rfind(b"\n", 0, error.start) - 1
-        message = f"not UTF-8: byte offset {offset} of the line is 0x{content[error.start]:02x}"
-        if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-            message += ", which begins UTF-16"
-        raise _Fault("encoding", message, content[: error.start].decode()) from None
 
 
 def _check_depth(text: str) -> None:

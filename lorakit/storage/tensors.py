@@ -132,7 +132,8 @@ class TensorFile:
 class TensorWriter:
     """A new safetensors file whose shapes are known first and whose rows come in any order.
 
-    It is no result until `finish`; leaving the `with` block without that removes it.
+    The header is written last, so that no reader takes half a file for a whole one; leaving the
+    `with` block without `finish` removes the file.
 
     Args:
         path: the file, which must not exist; inside a folder that is being published.
@@ -151,16 +152,15 @@ class TensorWriter:
     ) -> None:
         self.path = path
         named = {name: (_NAMES[dtype], shape) for name, (shape, dtype) in shapes.items()}
-        header, self._entries = layout(named, metadata or {})
-        self.size = max((entry.end for entry in self._entries.values()), default=len(header))
+        self._header, self._entries = layout(named, metadata or {})
+        self.size = max((e.end for e in self._entries.values()), default=len(self._header))
         self._written: dict[str, list[tuple[int, int]]] = {name: [] for name in self._entries}
-        self._hash = hashlib.sha256()
-        self._hashed = 0
+        self._hash = hashlib.sha256(self._header)
+        self._hashed = len(self._header)  # bytes, from the start of the file
         self._finished = False
         with storage_errors(path, self.size):
             require_space(path.parent, self.size)
             self._descriptor = create(path)
-        self._put(header, 0)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -175,19 +175,19 @@ class TensorWriter:
             ValueError: when shape, dtype or rows are not those announced.
         """
         entry = self._entries[name]
-        part = Entry(_NAMES[tensor.dtype], tuple(tensor.shape), 0, 0)
-        last = row + part.rows
-        like = (entry.dtype, len(entry.shape), entry.shape[1:])
-        if (
-            part.dtype,
-            len(part.shape),
-            part.shape[1:],
-        ) != like or not 0 <= row <= last <= entry.rows:
-            raise ValueError(f"{name} is {entry}, got {part} from row {row}")
+        last = row + (tensor.shape[0] if tensor.dim() else 1)
+        alike = tensor.dim() == len(entry.shape) and tensor.shape[1:] == entry.shape[1:]
+        if tensor.dtype != DTYPES[entry.dtype] or not alike or not 0 <= row <= last <= entry.rows:
+            got = f"{tuple(tensor.shape)} {tensor.dtype} from row {row}"
+            raise ValueError(f"{name} is {entry.shape} {entry.dtype}, got {got}")
         self._written[name].append((row, last))
-        self._put(
-            _bytes_of(tensor.detach().cpu().contiguous()), entry.start + row * entry.row_bytes
-        )
+        data = _bytes_of(tensor.detach().cpu().contiguous())
+        offset = entry.start + row * entry.row_bytes
+        with storage_errors(self.path, self.size):
+            write_all(self._descriptor, data, offset)
+        if offset == self._hashed:  # what comes in order need not be read again
+            self._hash.update(data)
+            self._hashed += len(data)
 
     def finish(self) -> str:
         """Push the file to the disk and return its SHA-256.
@@ -205,6 +205,7 @@ class TensorWriter:
             if row != self._entries[name].rows:
                 raise ValueError(f"{name}: {row} of {self._entries[name].rows} rows were written")
         with storage_errors(self.path, self.size):
+            write_all(self._descriptor, self._header)
             os.fsync(self._descriptor)
             while block := os.pread(self._descriptor, _BLOCK, self._hashed):
                 self._hash.update(block)
@@ -219,13 +220,6 @@ class TensorWriter:
         os.close(self._descriptor)
         if not self._finished:
             self.path.unlink(missing_ok=True)
-
-    def _put(self, data: bytes | memoryview, offset: int) -> None:
-        with storage_errors(self.path, self.size):
-            write_all(self._descriptor, data, offset)
-        if offset == self._hashed:  # what comes in order need not be read again
-            self._hash.update(data)
-            self._hashed += len(data)
 
 
 def write_tensors(

@@ -1,0 +1,118 @@
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from lorakit.errors import BadInput, RunFailed
+from lorakit.storage.disk import (
+    append_line,
+    create,
+    free_space,
+    make_folder,
+    require_space,
+    storage_error,
+    write_all,
+)
+from tests.storage.kills import calls
+
+
+@pytest.mark.parametrize(
+    ("code", "id"),
+    [
+        (errno.ENOSPC, "storage.full"),
+        (errno.EDQUOT, "storage.full"),
+        (errno.EFBIG, "storage.full"),
+        (errno.EACCES, "storage.denied"),
+        (errno.EPERM, "storage.denied"),
+        (errno.EROFS, "storage.denied"),
+        (errno.EIO, "storage.io"),
+        (errno.ESTALE, "storage.io"),
+        (errno.ELOOP, "security.path"),
+    ],
+)
+def test_an_error_says_path_errno_and_bytes(tmp_path: Path, code: int, id: str) -> None:
+    error = storage_error(OSError(code, os.strerror(code), "/other"), tmp_path, 1234)
+    assert error.id == id
+    assert isinstance(error, BadInput if code == errno.ELOOP else RunFailed)
+    assert error.where.file == str(tmp_path)
+    if id != "security.path":
+        assert errno.errorcode[code] in error.message
+        assert "/other" in error.message
+    if id == "storage.full":
+        assert "1,234 bytes needed" in error.message
+        assert "bytes available" in error.message
+
+
+def test_an_error_without_errno_is_one_of_the_disk(tmp_path: Path) -> None:
+    assert storage_error(OSError("odd"), tmp_path).id == "storage.io"
+
+
+def test_free_space_is_that_of_the_nearest_folder(tmp_path: Path) -> None:
+    assert free_space(tmp_path / "not" / "there") > 0
+    require_space(tmp_path / "not" / "there", 1)
+    with pytest.raises(RunFailed, match="needed"):
+        require_space(tmp_path, 1 << 62)
+
+
+def test_short_writes_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real(fd, data[:3], at))
+    descriptor = create(tmp_path / "file")
+    write_all(descriptor, b"0123456789", 2)
+    os.close(descriptor)
+    assert (tmp_path / "file").read_bytes() == b"\0\x000123456789"
+
+
+def test_a_new_file_is_really_new(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    (tmp_path / "file").write_text("x")
+    for name in ("link", "file"):
+        with pytest.raises(FileExistsError):
+            create(tmp_path / name)
+    assert not (tmp_path / "target").exists()
+
+
+def test_each_new_folder_is_synced_into_the_one_above(tmp_path: Path) -> None:
+    log = calls(lambda: make_folder(tmp_path / "a" / "b"))
+    done = [(name, path) for name, path in log if name != "open"]
+    assert done == [
+        ("mkdir", str(tmp_path / "a")),
+        ("fsync", str(tmp_path)),
+        ("mkdir", str(tmp_path / "a" / "b")),
+        ("fsync", str(tmp_path / "a")),
+    ]
+    assert calls(lambda: make_folder(tmp_path / "a" / "b")) == []
+
+
+def test_a_file_in_the_way_of_a_folder_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("x")
+    with pytest.raises(OSError, match="a"):
+        make_folder(tmp_path / "a" / "b")
+
+
+def test_lines_are_appended_in_one_write_and_after_a_torn_one(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    append_line(path, '{"step": 1}')
+    path.write_bytes(path.read_bytes() + b'{"st')
+    log = calls(lambda: append_line(path, '{"text": "ü"}'))
+    assert [name for name, _ in log] == ["open", "write"]
+    assert path.read_bytes() == '{"step": 1}\n{"st\n{"text": "ü"}\n'.encode()
+
+
+def test_lines_are_not_appended_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "target").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    with pytest.raises(BadInput) as caught:
+        append_line(tmp_path / "link", "y")
+    assert caught.value.id == "security.path"
+    assert (tmp_path / "target").read_text() == "x"
+
+
+def test_half_an_appended_line_is_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "write", lambda fd, data: len(data) - 1)
+    with pytest.raises(RunFailed) as caught:
+        append_line(tmp_path / "log", "abc")
+    assert caught.value.id == "storage.full"
