@@ -149,8 +149,8 @@ class Notice:
         """
         checkpoint.skipped security.remote-code security.local-code data.dropped data.cut
         data.eos-untrained data.extra-fields data.overlap data.special-tokens
-        adapter.base-unknown adapter.no-passport run.loss-spike recipe.unusual-value
-        target.uneven run.packing-off model.dtype-fallback
+        adapter.base-unknown adapter.no-passport adapter.unknown-setting run.loss-spike recipe.unusual-value
+        target.uneven run.packing-off model.dtype-fallback model.unused-tensors
         """.split()
     )
 

@@ -25,7 +25,8 @@ _ROLES: dict[Role, str] = {
     "k": "k_proj key k_lin wk",
     "v": "v_proj value v_lin wv",
     "qkv": "qkv_proj query_key_value c_attn Wqkv qkv_lin att_proj",
-    "o": "o_proj out_proj out_lin wo attn.c_proj attention.dense self_attention.dense self_attn.dense attn_out",
+    "o": "o_proj out_proj out_lin wo attn_out attn.c_proj "
+    "attention.dense self_attention.dense self_attn.dense",
     "gate": "gate_proj w1",
     "up": "up_proj c_fc fc1 fc_in w3 dense_h_to_4h lin1",
     "down": "down_proj mlp.c_proj fc2 fc_out w2 dense_4h_to_h lin2",

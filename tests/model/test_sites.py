@@ -145,7 +145,7 @@ def test_exclusions_and_layers(sites: list[Site]) -> None:
         with pytest.raises(BadInput) as error:
             match(sites, ["q_proj"], **wrong)
         assert error.value.id == "target.no-match", wrong
-    with pytest.raises(BadInput, match="within adapter.layers"):
+    with pytest.raises(BadInput, match=r"within adapter\.layers"):
         match(sites, ["lm_head"], layers=[0])
 
 

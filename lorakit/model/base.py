@@ -1,0 +1,291 @@
+"""The base model: found by its name, checked before a weight is read, loaded frozen.
+
+What `find` returns has passed every check that needs no weights. `load` hands transformers a
+finished configuration and a folder whose files were opened and compared with it.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GgufConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+from transformers.utils.import_utils import is_flash_attn_2_available
+
+from lorakit.errors import BadInput, EnvironmentLacks, Notice
+from lorakit.model import attention as packed
+from lorakit.model import hub
+from lorakit.model.checks import check_finite, check_loaded, check_tensors
+from lorakit.model.config import attempt, check_config, read_config, read_generation
+from lorakit.model.gguf import read_gguf_config, reading
+from lorakit.model.tokenizer import read_tokenizer
+from lorakit.model.weights import Loaded, Weights, open_folder
+from lorakit.recipe import sections
+from lorakit.storage.hashing import sha256_file
+
+# Its annotations leave out half of what it returns.
+_AUTO: Any = AutoModelForCausalLM
+
+Attention = Literal["auto", "sdpa", "flash", "eager"]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model that was found and checked, before its weights are loaded.
+
+    `name` is a hub id or the name of a folder or file, never a path. Either `folder` or `gguf` is
+    there. `revision` is the commit of a hub id. `links_into` is the cache in which the folder's
+    links end. `remote_code` says that the model's own code may run.
+    """
+
+    name: str
+    folder: Path | None
+    gguf: Path | None
+    revision: str | None
+    config: PretrainedConfig
+    generation: GenerationConfig
+    remote_code: bool = False
+    links_into: Path | None = None
+    notices: tuple[Notice, ...] = ()
+
+    @property
+    def where(self) -> Path:
+        """The folder or file that the base is in."""
+        return self.folder or self.gguf or Path()
+
+    @property
+    def context(self) -> int | None:
+        """The model's positions, None where it has no limit."""
+        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return limit if isinstance(limit, int) and limit > 0 else None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest that tells these weights from any others of the same shapes."""
+        if self.gguf:
+            return sha256_file(self.gguf)
+        with self.weights() as weights:
+            return weights.fingerprint()
+
+    def weights(self) -> Weights:
+        """Open the tensors as they are stored; those of a GGUF file dequantised, in bf16.
+
+        Raises:
+            LorakitError: as `load` does.
+        """
+        if self.folder:
+            return open_folder(self.folder, links_into=self.links_into)
+        model = load(self, device=torch.device("cpu"), dtype=torch.bfloat16)
+        return Weights({self.name: Loaded(dict(model.named_parameters()))})
+
+    def facts(self) -> dict[str, Any]:
+        """Return what `run.json` and the adapter's passport say about the base."""
+        facts: dict[str, Any] = {
+            "name": self.name,
+            "revision": self.revision,
+            "model_type": self.config.model_type,
+            "fingerprint": self.fingerprint,
+        }
+        if self.remote_code and self.folder:
+            code = sorted(self.folder.glob("*.py"))
+            facts["code"] = {path.name: sha256_file(path) for path in code}
+        return facts
+
+
+def find(
+    section: sections.Model,
+    recipe_folder: Path,
+    *,
+    offline: bool,
+    allow_remote_code: bool,
+    cache: Path,
+) -> Base:
+    """Find and check the base that a recipe names, reading no weights.
+
+    A path is looked for in the recipe's folder, then in lorakit's cache; only a text that is no
+    path and names nothing there is taken for a hub id.
+
+    Raises:
+        BadInput: `model.*`, `tokenizer.*` or `security.*`, when its files cannot be used.
+        RunFailed: `model.damaged` when a weights file's header is broken.
+        EnvironmentLacks: when the hub is needed and cannot be had.
+    """
+    code = section.trust_remote_code and allow_remote_code
+    place = _place(section.path, recipe_folder, cache)
+    if place and section.revision:
+        raise BadInput(
+            "recipe.conflict",
+            f"model.revision is for hub ids; {section.path} is a local model",
+            help="take model.revision out",
+        )
+    notices = _code_notices(section, code)
+    if place and place.is_file():
+        config = read_gguf_config(place)
+        check_config(config, str(place))
+        generation = GenerationConfig.from_model_config(config)
+        return Base(place.name, None, place, None, config, generation, notices=notices)
+    name, revision, links_into = (place.resolve().name if place else section.path), None, None
+    if not place:
+        _check_id(section.path, recipe_folder, cache)
+        place = hub.snapshot(section.path, section.revision, offline=offline, code=code)
+        revision, links_into = place.name, place.parent.parent
+    config = read_config(place, code_allowed=code, links_into=links_into)
+    check_config(config, str(place))
+    generation = read_generation(place, config, links_into=links_into)
+    base = Base(name, place, None, revision, config, generation, code, links_into)
+    with base.weights() as weights:
+        notices += check_tensors(weights, skeleton(base), str(place))
+    return replace(base, notices=notices)
+
+
+def skeleton(base: Base, task: str = "causal-lm") -> PreTrainedModel:
+    """Return the model on the meta device: all shapes and ties, no memory.
+
+    Raises:
+        BadInput: `model.bad-config` when the configuration makes no model.
+    """
+    config = copy.deepcopy(base.config)
+
+    def make() -> PreTrainedModel:
+        with torch.device("meta"):
+            model: PreTrainedModel = _AUTO.from_config(config, trust_remote_code=base.remote_code)
+        return model.requires_grad_(False)
+
+    return attempt(str(base.where), make)
+
+
+def load(
+    base: Base, *, device: torch.device, dtype: torch.dtype, attention: Attention = "auto"
+) -> PreTrainedModel:
+    """Load a base with its weights: frozen, in eval mode, without a key-value cache by default.
+
+    Raises:
+        BadInput: `model.missing-tensor` or `model.shape-mismatch`.
+        RunFailed: `model.not-finite`, or `model.damaged` for a GGUF file that cannot be read.
+        EnvironmentLacks: when flash attention is asked for and not installed.
+    """
+    options: dict[str, Any] = {
+        "config": base.config,
+        "generation_config": base.generation,
+        "dtype": dtype,
+        "attn_implementation": _implementation(base, attention),
+        "trust_remote_code": base.remote_code,
+        "local_files_only": True,
+        "output_loading_info": True,
+    }
+    if device.type != "cpu":
+        options["device_map"] = {"": device}
+    if base.gguf:
+        options |= {"gguf_file": base.gguf.name, "quantization_config": GgufConfig(dequantize=True)}
+    else:
+        options["use_safetensors"] = True
+    folder = base.folder or base.where.parent
+    with _no_progress_bars(), reading(base.gguf) if base.gguf else nullcontext():
+        model, info = _AUTO.from_pretrained(folder, **options)
+    check_loaded(info, str(base.where))
+    check_finite(model, str(base.where))
+    model.config.name_or_path = base.name
+    model.config.use_cache = False
+    loaded: PreTrainedModel = model.requires_grad_(False).eval()
+    return loaded
+
+
+def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
+    """Load the base's tokenizer and check it against the model.
+
+    Raises:
+        BadInput: `tokenizer.missing` or `tokenizer.mismatch`.
+    """
+    return read_tokenizer(
+        base.folder or base.where.parent,
+        base.config,
+        gguf=base.gguf.name if base.gguf else None,
+        code_allowed=base.remote_code,
+        links_into=base.links_into,
+    )
+
+
+def _place(path: str, recipe_folder: Path, cache: Path) -> Path | None:
+    """Return the folder or GGUF file that a path means, None when there is neither."""
+    wanted = Path(path).expanduser()
+    places = [recipe_folder / wanted]
+    if not wanted.is_absolute() and ".." not in wanted.parts:
+        places.append(cache / "models" / wanted)
+    for place in places:
+        if place.is_dir() or (place.is_file() and place.suffix == ".gguf"):
+            return place
+    if places[0].exists():
+        raise BadInput(
+            "model.not-found",
+            f"{path} is neither a model folder with config.json nor a .gguf file",
+            where=str(places[0]),
+        )
+    return None
+
+
+def _check_id(path: str, recipe_folder: Path, cache: Path) -> None:
+    """Refuse a text that names nothing here and cannot be a hub id."""
+    if not hub.is_id(path):
+        kind = "file" if path.endswith(".gguf") else "folder"
+        raise BadInput(
+            "model.not-found",
+            f"{kind} {path} does not exist (recipe's folder {recipe_folder}, cache {cache})",
+            where=path,
+            help="give a folder with config.json, a .gguf file, or a hub id such as org/name",
+        )
+
+
+def _code_notices(section: sections.Model, code: bool) -> tuple[Notice, ...]:
+    if not section.trust_remote_code:
+        return ()
+    effect = (
+        "is on: Python code that comes with the model runs with your rights"
+        if code
+        else "has no effect without --allow-remote-code"
+    )
+    return (Notice("security.remote-code", f"model.trust_remote_code {effect}"),)
+
+
+def _implementation(base: Base, attention: Attention) -> str | None:
+    """Return transformers' name of the attention to use; None leaves it to the model's own code."""
+    if attention == "flash":
+        if not is_flash_attn_2_available():
+            raise EnvironmentLacks(
+                "env.missing-package",
+                "flash attention is not installed",
+                help="`sdpa` works now: --set model.attention=sdpa",
+            )
+        return "flash_attention_2"
+    if attention != "auto":
+        return attention
+    if packed.can_pack(base.config) is None:
+        return packed.NAME
+    if type(base.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return None
+    family: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(base.config)]
+    return "sdpa" if family._supports_sdpa else "eager"
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Keep the library's bars off the terminal, which belongs to the command."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

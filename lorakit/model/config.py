@@ -1,0 +1,230 @@
+"""The settings files of a model folder, taken as data: nothing in them chooses code or files.
+
+`config.json` comes from strangers, and transformers lets it name attention kernels, code and
+weights files. It is read here, strictly, and what could do that is refused or left out; the
+library gets the finished configuration and never looks at the file.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    GenerationConfig,
+    PretrainedConfig,
+)
+
+from lorakit.errors import BadInput, one_of
+from lorakit.storage import strict_json
+from lorakit.storage.paths import inside
+from lorakit.storage.redact import printable
+
+T = TypeVar("T")
+
+NAME = "config.json"
+MOST_LAYERS = 4096
+
+_KERNELS = re.compile(r"_?(attn|experts)_implementation(_internal)?")
+_ALLOWED = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+_ALLOWED_EXPERTS = ("eager", "batched_mm", "grouped_mm")
+_WORDS = frozenset("remote kernel kernels import imports plugin plugins".split())
+_WEIGHTS = frozenset({"transformers_weights", "fusion_config", "distributed_config"})
+# What transformers raises for values that are of a wrong type, range or combination.
+_UNUSABLE = (
+    StrictDataclassError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    OSError,
+    ArithmeticError,
+)
+# Harmless once they are gone: lorakit makes these choices itself, or nothing reads them.
+_DROPPED = re.compile(
+    r"_?attn_implementation\w*|_?experts_implementation\w*|trust_remote_code|_?name_or_path"
+    r"|_model_name_or_path|custom_pipelines|custom_generate|auto_map"
+)
+
+
+def read_config(folder: Path, *, code_allowed: bool, links_into: Path | None) -> PretrainedConfig:
+    """Return the configuration that a model folder holds.
+
+    With `code_allowed`, a model that brings its own classes has those imported.
+
+    Raises:
+        BadInput: `model.not-found` without a config.json, `security.*` when it names code, kernels
+            or files, `model.unknown-type`, or `model.bad-config` when its values make no model.
+    """
+    path = inside(folder, NAME, links_into=links_into)
+    if not path.is_file():
+        raise BadInput(
+            "model.not-found",
+            f"there is no {NAME} in {folder}",
+            where=str(folder),
+            help="a model folder holds config.json, *.safetensors and the tokenizer's files",
+        )
+    given = strict_json.read_object(path, "model")
+    values = cleaned(given, str(path))
+    model_type = str(values.get("model_type"))
+    own_code = given.get("auto_map")
+    if own_code and code_allowed:
+        _refuse_foreign_code(own_code, str(path))
+        config: PretrainedConfig = attempt(
+            str(path),
+            lambda: AutoConfig.from_pretrained(
+                folder, trust_remote_code=True, local_files_only=True
+            ),
+        )
+        return config
+    if model_type not in CONFIG_MAPPING:
+        if own_code:
+            raise _needs_code(own_code, str(path))
+        raise BadInput(
+            "model.unknown-type",
+            f"model_type '{printable(model_type)}' is not known to transformers "
+            f"{transformers.__version__}, which is installed",
+            where=str(path),
+            help="pip install -U transformers",
+        )
+    return attempt(str(path), lambda: CONFIG_MAPPING[model_type].from_dict(values))
+
+
+def read_generation(
+    folder: Path, config: PretrainedConfig, *, links_into: Path | None
+) -> GenerationConfig:
+    """Return the folder's generation settings, those of the configuration where it has none.
+
+    Raises:
+        BadInput: when generation_config.json is not strictly JSON, or names code.
+    """
+    path = inside(folder, "generation_config.json", links_into=links_into)
+    if not path.is_file():
+        return GenerationConfig.from_model_config(config)
+    values = cleaned(strict_json.read_object(path, "model"), str(path))
+    return attempt(str(path), lambda: GenerationConfig.from_dict(values))
+
+
+def check_config(config: PretrainedConfig, where: str) -> None:
+    """Check that a configuration makes a causal language model of a bounded size.
+
+    Raises:
+        BadInput: `model.unknown-type` or `model.bad-config`.
+    """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
+        raise BadInput(
+            "model.unknown-type",
+            f"model_type '{config.model_type}' is no language model that writes text",
+            where=where,
+        )
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
+    if not isinstance(layers, int) or not 0 < layers <= MOST_LAYERS:
+        raise BadInput(
+            "model.bad-config",
+            f"num_hidden_layers is {printable(str(layers))}; expected 1 to {MOST_LAYERS}",
+            where=where,
+        )
+
+
+def attempt(where: str, make: Callable[[], T]) -> T:
+    """Make something of a file's values; what the library says against them is the file's fault.
+
+    Raises:
+        BadInput: `model.bad-config`.
+    """
+    try:
+        return make()
+    except _UNUSABLE as error:
+        text = printable(" ".join(str(error).split()), 300)
+        raise BadInput(
+            "model.bad-config", f"the values make no model: {text}", where=where
+        ) from error
+
+
+def cleaned(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the values without what lorakit decides itself.
+
+    Raises:
+        BadInput: when a key, at any depth, chooses code, kernels, files or quantised weights.
+    """
+    for key, value in _entries(values):
+        _check_entry(key, value, where)
+    return {key: _without(value) for key, value in values.items() if not _DROPPED.fullmatch(key)}
+
+
+def _check_entry(key: str, value: Any, where: str) -> None:
+    shown = f"{printable(key)}: {printable(strict_json.dumps_line(value))}"
+
+    def refused(why: str) -> BadInput:
+        return BadInput("security.config", f"{shown} {why}", where=where)
+
+    if kernels := _KERNELS.fullmatch(key):
+        allowed = _ALLOWED if kernels[1] == "attn" else _ALLOWED_EXPERTS
+        for one in value.values() if isinstance(value, dict) else [value]:
+            if one is not None and one not in allowed:
+                raise refused(f"could load code; expected {one_of(allowed)}")
+    elif key == "quantization_config" and value:
+        raise BadInput(
+            "model.bad-config",
+            f"{shown}: the weights are stored quantised, which cannot be adapted",
+            where=where,
+            help="use the model it was made from",
+        )
+    elif key in _WEIGHTS and value:
+        raise refused("would choose how and from where weights are loaded")
+    elif _WORDS & set(key.split("_")) and (isinstance(value, str | dict) and value):
+        raise refused("could load code")
+    elif key == "trust_remote_code" and value is not False:
+        raise refused("belongs in the recipe, not in a model")
+
+
+def _entries(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield key, inner
+            yield from _entries(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _entries(inner)
+
+
+def _without(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without(inner) for k, inner in value.items() if not _DROPPED.fullmatch(k)}
+    return [_without(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _needs_code(own_code: Any, where: str) -> BadInput:
+    files = _code_files(own_code)
+    return BadInput(
+        "security.remote-code",
+        f"the model needs its own code, remote code in {one_of(files) if files else 'its folder'}",
+        where=where,
+        help="read it, then set model.trust_remote_code: true and pass --allow-remote-code",
+    )
+
+
+def _refuse_foreign_code(own_code: Any, where: str) -> None:
+    for reference in _references(own_code):
+        if "--" in reference:
+            raise BadInput(
+                "security.remote-code",
+                f"auto_map: '{printable(reference)}' is remote code of another model",
+                where=where,
+                help="only code in the model's own folder is run, even with --allow-remote-code",
+            )
+
+
+def _code_files(own_code: Any) -> list[str]:
+    return sorted({f"{r.split('.')[0]}.py" for r in _references(own_code)})
+
+
+def _references(own_code: Any) -> list[str]:
+    values = own_code.values() if isinstance(own_code, dict) else []
+    several = [v if isinstance(v, list) else [v] for v in values]
+    return [text for group in several for text in group if isinstance(text, str)]

@@ -1,0 +1,96 @@
+"""Models of the hub: found in its cache, or fetched once and pinned to a commit."""
+
+import re
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from lorakit.errors import BadInput, EnvironmentLacks, LorakitError
+
+# Weights in safetensors, settings and tokenizers, all at the top of the repository.
+_WANTED = re.compile(r"(?!consolidated)[\w.-]+\.(safetensors|json|jinja|model|txt)|[\w.-]+\.py")
+# The errors of its HTTP library, whichever that is, and OSError.
+_FAILURES: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, ValueError)
+_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def is_id(text: str) -> bool:
+    """Tell whether a text can be the id of a model on the hub."""
+    return _ID.fullmatch(text) is not None and ".." not in text and not text.endswith(".gguf")
+
+
+def snapshot(id: str, revision: str | None, *, offline: bool, code: bool) -> Path:
+    """Return the folder of a model in the hub's cache, fetched when it is not there.
+
+    The folder is named after the commit, and every file in it is of that commit. `code` asks for
+    the model's own Python files as well.
+
+    Raises:
+        BadInput: `model.not-found` when there is no such model or revision, `security.pickle`
+            when it has no safetensors.
+        EnvironmentLacks: `env.offline` or `env.gated`.
+    """
+    try:
+        if offline:
+            return Path(snapshot_download(id, revision=revision, local_files_only=True))
+        found = HfApi().model_info(id, revision=revision)
+        names = [s.rfilename for s in found.siblings or [] if _WANTED.fullmatch(s.rfilename)]
+        if not any(name.endswith(".safetensors") for name in names):
+            raise BadInput(
+                "security.pickle",
+                f"{id} has no .safetensors; pickled weights run code when they are loaded",
+                help="take a model or a revision that has them",
+            )
+        files = [name for name in names if code or not name.endswith(".py")]
+        return Path(snapshot_download(id, revision=found.sha, allow_patterns=files))
+    except LorakitError:
+        raise
+    except _FAILURES as error:
+        raise _explained(error, id, revision, offline) from error
+
+
+def _explained(error: Exception, id: str, revision: str | None, offline: bool) -> LorakitError:
+    """Return what an error of the hub's library means to the user."""
+    token = "yes" if get_token() else "no"
+    if isinstance(error, GatedRepoError):
+        return EnvironmentLacks(
+            "env.gated",
+            f"{id} is gated",
+            help=f"1. accept its terms at https://huggingface.co/{id}  "
+            f"2. `hf auth login` or set HF_TOKEN (token found: {token})",
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return BadInput("model.not-found", f"{id} has no revision '{revision}'")
+    if isinstance(error, HFValidationError):
+        return BadInput("model.not-found", f"'{id}' is neither a folder nor the id of a model")
+    if isinstance(error, RepositoryNotFoundError):
+        return BadInput(
+            "model.not-found",
+            f"no folder {id}, and no such model on the hub",
+            help=f"a private model needs `hf auth login` or HF_TOKEN (token found: {token})",
+        )
+    if offline or isinstance(error, LocalEntryNotFoundError):
+        message = f"{id} is no folder here and is not in the hub's cache; the network is off"
+        return EnvironmentLacks("env.offline", message, help="run once with the network on")
+    cached = _is_cached(id, revision)
+    return EnvironmentLacks(
+        "env.offline",
+        f"the hub cannot be reached for {id}; its files are {'' if cached else 'not '}in the cache",
+        help="run with --offline" if cached else "run again with the network on",
+    )
+
+
+def _is_cached(id: str, revision: str | None) -> bool:
+    try:
+        snapshot_download(id, revision=revision, local_files_only=True)
+    except _FAILURES:
+        return False
+    return True
