@@ -15,6 +15,7 @@ from torch import Tensor
 from lorakit.data.packing import pack, padded_groups
 from lorakit.data.prepare import Dataset
 from lorakit.data.tokens import MASKED, Example
+from lorakit.errors import Place
 from lorakit.recipe.sections import Train
 from lorakit.runtime import Runtime
 
@@ -81,6 +82,7 @@ class Steps:
         self._packing, self._max_length = packing, max_length
         self._process, self._processes = process, processes
         self._lengths = np.array([len(example.ids) for example in examples], np.int64)
+        self._trained = np.array([example.trained for example in examples], np.int64)
         self._rows = _repeated(weights or [1.0] * len(examples), seed)
         self._epoch = lru_cache(maxsize=1)(self._units)
         self._longest_unit = max(int(self._lengths[unit].sum()) for unit in self._epoch(0))
@@ -146,14 +148,26 @@ class Steps:
 
         Every process works out all of them and takes its share, which may be empty.
         """
-        epoch, position = divmod(index, self.per_epoch)
-        first = position * self._batch_size
-        units = self._epoch(epoch)[first : first + self._batch_size]
+        units = self._units_of(index)
         groups = self._grouped([int(self._lengths[unit].sum()) for unit in units])
         mine = groups[self._process :: self._processes]
         rows = ([int(row) for unit in group for row in units[unit]] for group in mine)
         make = _packed if self._packing else _padded
         return [make(self._examples, some) for some in rows]
+
+    def tokens_of(self, index: int) -> tuple[int, int]:
+        """Return the tokens, and of them the trained ones, of a step over all processes."""
+        rows = np.concatenate(self._units_of(index))
+        return int(self._lengths[rows].sum()), int(self._trained[rows].sum())
+
+    def places(self, index: int) -> list[Place]:
+        """Return where the rows of a step stand in the user's files."""
+        return [self._examples[row].place for row in np.concatenate(self._units_of(index))]
+
+    def _units_of(self, index: int) -> list[NDArray[np.int64]]:
+        epoch, position = divmod(index, self.per_epoch)
+        first = position * self._batch_size
+        return self._epoch(epoch)[first : first + self._batch_size]
 
     def _units(self, epoch: int) -> list[NDArray[np.int64]]:
         """Return what a batch counts, in the epoch's order: rows, or dense packs of rows."""

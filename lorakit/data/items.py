@@ -69,10 +69,9 @@ def read(
     def items(sources: Sequence[Source], first: int) -> list[Item]:
         found = []
         for number, source in enumerate(sources, first):
+            format = _named(source, section.format, folder, allow_local_code, notices)
             loaded = load(source, number, folder=folder, offline=offline)
-            format, notice = _format(source.format or section.format, loaded, allow_local_code)
-            notices.extend([notice] if notice else [])
-            found += _conversations(loaded, format, notices)
+            found += _conversations(loaded, _fitting(format, loaded), notices)
             digests[source.path] = loaded.sha256
         return found
 
@@ -100,24 +99,36 @@ def split(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item], l
     return parts
 
 
-def _format(name: str, loaded: Loaded, allow_local_code: bool) -> tuple[Format, Notice | None]:
-    """Choose the format of a source, and check its columns where their names are known."""
-    if ":" in name:
-        return user_code.load(name, allowed=allow_local_code)
-    chosen = None if name == "auto" else formats.find(name)
+def _named(
+    source: Source, default: str, folder: Path, allow_local_code: bool, notices: list[Notice]
+) -> Format | None:
+    """Return the format that the recipe names for a source; None for `auto`."""
+    name = source.format or default
+    try:
+        if ":" in name:
+            format, notice = user_code.load(name, allowed=allow_local_code)
+            notices.append(notice)
+            return format
+        return None if name == "auto" else formats.find(name)
+    except BadInput as error:
+        error.where = Place(str(folder / source.path))
+        raise
+
+
+def _fitting(format: Format | None, loaded: Loaded) -> Format:
+    """Check the columns of a source; choose its format by them where the recipe names none."""
     mapping = loaded.source.columns
     first = loaded.rows[:FIRST_ROWS]
-    where = Place(first[0].place.file)
     try:
-        formats.check_mapping(mapping, {name for row in first for name in row.value}, chosen)
+        formats.check_mapping(mapping, {name for row in first for name in row.value}, format)
         columns = {name for row in first for name in formats.renamed(row.value, mapping)}
-        if chosen is None:
-            return formats.detect(columns), None
-        formats.require(chosen, columns)
+        if format is None:
+            return formats.detect(columns)
+        formats.require(format, columns)
     except BadInput as error:
-        error.where = where
+        error.where = Place(first[0].place.file)
         raise
-    return chosen, None
+    return format
 
 
 def _conversations(loaded: Loaded, format: Format, notices: list[Notice]) -> list[Item]:

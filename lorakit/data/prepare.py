@@ -17,9 +17,6 @@ from lorakit.recipe.sections import Data, Source
 
 ROWS_AT_ONCE = 512
 
-Progress = Callable[[int, int], None]
-Stop = Callable[[], bool]
-
 
 @dataclass(frozen=True)
 class Dataset:
@@ -51,8 +48,8 @@ def prepare(
     allow_local_code: bool,
     eval_sources: Sequence[Source] | None = None,
     only: Literal["train", "eval"] | None = None,
-    progress: Progress | None = None,
-    stop: Stop | None = None,
+    advance: Callable[[int], None] = lambda _: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Dataset:
     """Read, render and tokenise all data.
 
@@ -66,7 +63,7 @@ def prepare(
         allow_local_code: whether `module:function` may run.
         eval_sources: taken in place of `data.eval`.
         only: the set to tokenise; the other is left empty.
-        progress: hears rows done and rows in all.
+        advance: hears how many more rows are done.
         stop: asked now and then whether to stop.
 
     Raises:
@@ -86,21 +83,17 @@ def prepare(
     )
     renderer = renderer_of(section, tokenizer, folder)
     encoder = Encoder(tokenizer, renderer.special)
-    wanted = {"train": items.train, "eval": items.eval}
-    total = sum(len(some) for name, some in wanted.items() if only in (None, name))
-    done = 0
-    sets = {name: Kept(name, section, max_length) for name in wanted}
-    for name, some in wanted.items():
+    sets = {name: Kept(name, section, max_length) for name in ("train", "eval")}
+    for name, some in (("train", items.train), ("eval", items.eval)):
         if only not in (None, name):
             continue
         for at in range(0, len(some), ROWS_AT_ONCE):
-            if stop is not None and stop():
+            if stop():
                 message = "stopped while the data was read; nothing was written"
                 raise Interrupted("run.interrupted", message)
-            sets[name].add(some[at : at + ROWS_AT_ONCE], renderer, encoder)
-            done += min(ROWS_AT_ONCE, len(some) - at)
-            if progress is not None:
-                progress(done, total)
+            several = some[at : at + ROWS_AT_ONCE]
+            sets[name].add(several, renderer, encoder)
+            advance(len(several))
         sets[name].check()
     return _dataset(sets["train"], sets["eval"], items.notices, items.sha256, renderer, tokenizer)
 

@@ -12,6 +12,9 @@ from lorakit.errors import BadInput, Place
 
 MASKED = -100
 
+# How texts begin, to see whether a tokenizer marks the start of one.
+_STARTS = ("a", " a", "\n\na", "1", ".", "the")
+
 
 @dataclass(frozen=True, eq=False)
 class Example:
@@ -63,7 +66,7 @@ class Encoder:
     A piece is cut off from the one before it, as an answer is from its prompt when a model
     generates. So that no tokenizer takes its start for the start of a text, it is tokenised behind
     an anchor whose ids are then dropped: the special token that ends the piece before it, else a
-    break.
+    break. Byte-level tokenizers start anywhere alike and need no break.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, special: Special) -> None:
@@ -85,8 +88,12 @@ class Encoder:
         self._backend.no_padding()
         self._anchors = {
             name: self._backend.encode(name, add_special_tokens=False).ids
-            for name in (*special.names, BREAK)
+            for name in (*special.names, BREAK, "")
         }
+        self._break = ""
+        alone = [self._ids("", text) for text in _STARTS]
+        if alone != [self._ids(BREAK, text) for text in _STARTS]:
+            self._break = BREAK
 
     def encode(self, rows: Sequence[Rendered]) -> list[Encoded]:
         """Return ids and labels of rendered conversations, in their order."""
@@ -105,14 +112,18 @@ class Encoder:
     def _anchored(self, row: Rendered) -> list[tuple[str, str]]:
         pieces, before = [], ""
         for piece in row.pieces:
-            anchor = (self._special.at_end(before) or BREAK) if before else ""
+            anchor = (self._special.at_end(before) or self._break) if before else ""
             pieces.append((anchor, piece.text))
             before = piece.text or before
         return pieces
 
+    def _ids(self, anchor: str, text: str) -> list[int]:
+        ids = self._backend.encode(anchor + text, add_special_tokens=False).ids
+        return self._dropped(anchor, text, ids)
+
     def _dropped(self, anchor: str, text: str, ids: list[int]) -> list[int]:
         """Return the ids without those of the anchor and of the breaks within the text."""
-        start = self._anchors[anchor] if anchor else []
+        start = self._anchors[anchor]
         if BREAK not in text and ids[: len(start)] == start:
             return ids[len(start) :]
         whole = anchor + text
