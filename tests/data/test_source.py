@@ -1,0 +1,162 @@
+"""Rows of every kind of file, with the line each stands on."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from lorakit.data import source
+from lorakit.data.source import Loaded, load
+from lorakit.errors import BadInput, EnvironmentLacks
+from lorakit.recipe.sections import Source
+from lorakit.storage.hashing import sha256_file
+from tests.data.given import rows_file
+
+ROWS = [{"prompt": f"p {k}\nline", "completion": f'"{k}", é'} for k in range(10)]
+
+
+def _load(folder: Path, path: str, **keys: Any) -> Loaded:
+    return load(Source(path=path, **keys), 0, folder=folder, offline=True)
+
+
+def _write(folder: Path, name: str) -> Path:
+    path = folder / name
+    if name.endswith(".jsonl"):
+        rows_file(folder, ROWS, name)
+    elif name == "object.json":
+        text = json.dumps({"version": [1, {"data": []}], "data": ROWS, "more": 1}, indent=1)
+        path.write_text(text, encoding="utf-8")
+    elif name.endswith(".json"):
+        path.write_text(json.dumps(ROWS, indent=1), encoding="utf-8-sig")
+    elif name.endswith(".csv"):
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["prompt", "completion"])
+            writer.writeheader()
+            writer.writerows(ROWS)
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "object.json", "a.csv", "a.parquet"])
+def test_every_kind_gives_the_same_rows(tmp_path: Path, name: str) -> None:
+    path = _write(tmp_path, name)
+    loaded = _load(tmp_path, name)
+    assert [row.value for row in loaded.rows] == ROWS
+    assert loaded.sha256 == sha256_file(path)
+    assert {row.place.file for row in loaded.rows} == {str(path)}
+    lines = path.read_bytes().split(b"\n")
+    for k, row in enumerate(loaded.rows):
+        if row.place.line is not None:
+            written = b"\n".join(lines[row.place.line - 1 : row.place.line + 1])
+            assert f"p {k}".encode() in written
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({}, range(10)),
+        ({"max_samples": 3}, range(3)),
+        ({"split": "train"}, range(10)),
+        ({"split": "train[:4]"}, range(4)),
+        ({"split": "[-2:]"}, range(8, 10)),
+        ({"split": "train[20%:50%]"}, range(2, 5)),
+        ({"split": "train[2:]", "max_samples": 2}, range(2, 4)),
+    ],
+)
+def test_shares_of_a_file(tmp_path: Path, keys: dict[str, Any], expected: range) -> None:
+    rows_file(tmp_path, ROWS, "a.jsonl")
+    loaded = _load(tmp_path, "a.jsonl", **keys)
+    assert [row.value for row in loaded.rows] == [ROWS[k] for k in expected]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "id", "line"),
+    [
+        ("a.csv", b"prompt,completion\na,b\nc\n", "data.syntax", 3),
+        ("a.csv", b'prompt,completion\na,"b\n', "data.syntax", 2),
+        ("a.csv", b"prompt,prompt\na,b\n", "data.duplicate-key", 1),
+        ("a.csv", b"prompt,completion\na,b\n\xff,b\n", "data.encoding", 3),
+        ("a.csv", b"\x1f\x8b\x08", "data.compressed", None),
+        ("a.csv", b"prompt,completion\n", "data.empty", None),
+        ("a.csv", b"", "data.empty", None),
+        ("a.json", b"[]", "data.empty", None),
+        ("a.json", b'[\n{"a": 1},\n2]', "data.not-an-object", 3),
+        ("a.json", b'{"rows": []}', "data.not-an-object", None),
+        ("a.json", b'{"a": 1}\n{"a": 2}\n', "data.syntax", 2),
+        ("a.parquet", b"PAR1 and no more", "data.syntax", None),
+        ("a.jsonl.gz", b"\x1f\x8b\x08", "data.compressed", None),
+        ("a.txt", b"text", "data.not-a-file", None),
+    ],
+)
+def test_bad_files(tmp_path: Path, name: str, content: bytes, id: str, line: int | None) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(BadInput) as caught:
+        _load(tmp_path, name)
+    assert caught.value.id == id
+    assert caught.value.where is not None
+    assert (caught.value.where.file, caught.value.where.line) == (str(path), line)
+
+
+def test_a_file_has_one_split(tmp_path: Path) -> None:
+    rows_file(tmp_path, ROWS, "a.jsonl")
+    with pytest.raises(BadInput, match="train alone") as caught:
+        _load(tmp_path, "a.jsonl", split="test")
+    assert caught.value.id == "recipe.bad-choice"
+
+
+class _Hub:
+    """Stands for the `datasets` package: a data set of ten rows, and what it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str]] = []
+
+    def load_dataset(self, path: str, *, split: str) -> Any:
+        self.asked.append((path, split))
+        if path == "nobody/nothing":
+            raise FileNotFoundError("no such data set")
+        if path == "far/away":
+            raise ConnectionError("no route")
+        return self
+
+    def __len__(self) -> int:
+        return len(ROWS)
+
+    def select(self, some: range) -> list[dict[str, str]]:
+        return [ROWS[k] for k in some]
+
+
+def test_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = _Hub()
+    monkeypatch.setattr(source, "import_module", {"datasets": hub}.__getitem__)
+    wanted = Source(path="some/set", split="test[:5]", max_samples=2)
+    loaded = load(wanted, 0, folder=tmp_path, offline=False)
+    assert [row.value for row in loaded.rows] == ROWS[:2]
+    assert hub.asked == [("some/set", "test[:5]")]
+    assert loaded.rows[0].place.file == "some/set"
+    with pytest.raises(BadInput) as missing:
+        load(Source(path="nobody/nothing"), 0, folder=tmp_path, offline=False)
+    assert missing.value.id == "data.not-found"
+    with pytest.raises(EnvironmentLacks) as unreachable:
+        load(Source(path="far/away"), 0, folder=tmp_path, offline=False)
+    assert unreachable.value.id == "env.offline"
+
+
+def test_offline_never_asks_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "import_module", {}.__getitem__)
+    with pytest.raises(EnvironmentLacks) as caught:
+        _load(tmp_path, "some/set")
+    assert caught.value.id == "env.offline"
+
+
+@pytest.mark.parametrize("path", ["data/train", "gone.jsonl", "../some/set", "script.py"])
+def test_what_looks_like_a_path_is_no_hub_id(tmp_path: Path, path: str) -> None:
+    (tmp_path / "data").mkdir()
+    with pytest.raises(BadInput) as caught:
+        _load(tmp_path, path)
+    assert caught.value.id == "data.not-found"
