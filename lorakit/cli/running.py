@@ -9,15 +9,14 @@ from lorakit.cli.screen import Screen
 from lorakit.errors import Notice
 from lorakit.export.card import write_card
 from lorakit.export.merge import merge_run
-from lorakit.recipe.reader import dump
+from lorakit.recipe.dump import dump
 from lorakit.recipe.sections import Recipe
 from lorakit.runtime import Runtime, Stop, start
 from lorakit.training import folder as folders
-from lorakit.training.checkpoint import check_unchanged
 from lorakit.training.folder import Mode, RunFolder
 from lorakit.training.loop import Outcome
 from lorakit.training.loop import train as train_plan
-from lorakit.training.passports import pinned, versions
+from lorakit.training.passports import versions
 from lorakit.training.plan import Permissions, Plan, make
 from lorakit.training.progress import Reporter, duration
 
@@ -34,7 +33,7 @@ def run(
     screen: Screen, recipe: Recipe, permissions: Permissions, mode: Mode, *, allow_inexact: bool
 ) -> Finished | None:
     """Plan, train and merge; return the result in the main process, None in the others."""
-    runtime, stop = start(), Stop()
+    runtime = start()
     if not runtime.is_main:
         screen.quiet = True
     path = recipe.run_folder
@@ -43,9 +42,11 @@ def run(
     screen.notice(*plan.notices)
     for label, text in plan.lines():
         screen.say(f"{label:9} {text}")
+    # From here on there is something to save, so signals no longer end the process at once.
+    stop = Stop()
     with folders.opened(path, mode, runtime) as folder:
         screen.notice(*folder.notices)
-        record(plan, runtime, folder, allow_inexact=allow_inexact)
+        record(plan, runtime, folder)
         if runtime.is_main:
             screen.log_to(path / "log.txt")
         reporter = Reporter(
@@ -55,7 +56,7 @@ def run(
             console=screen.err if screen.live else None,
             metrics=folder.metrics if runtime.is_main else None,
         )
-        outcome = train_plan(plan, runtime, folder, reporter, stop, pinned(plan, runtime))
+        outcome = train_plan(plan, runtime, folder, reporter, stop, allow_inexact=allow_inexact)
         stop.release()
         if not runtime.is_main:
             return None
@@ -63,3 +64,53 @@ def run(
         write_card(folder.adapter)
         merged = merge_run(screen, recipe, plan.base, folder.adapter) if recipe.merge.enabled else None
         return finished(plan, folder, outcome, merged)
+
+
+def record(plan: Plan, runtime: Runtime, folder: RunFolder) -> None:
+    """Write down what the run is, before it starts."""
+    folder.write("recipe.yaml", plan.recipe.origin.text)
+    folder.write("resolved.yaml", dump(plan.recipe))
+    folder.write("plan.json", json.dumps(plan.facts(), indent=2))
+    folder.note(
+        command=redact(shlex.join(sys.argv), environment.all_variables()),
+        device=runtime.describe(),
+        processes=runtime.processes,
+        versions=versions(),
+        seed=plan.recipe.seed,
+        dtype=str(plan.dtype).removeprefix("torch."),
+        attention=plan.attention,
+        packing=plan.packing,
+        gradient_checkpointing=plan.checkpointing,
+        micro_batch_tokens=plan.steps.micro_batch_tokens,
+    )
+
+
+def finished(plan: Plan, folder: RunFolder, outcome: Outcome, merged: MergeReport | None) -> Finished:
+    """Put the result into words and into the keys of `--json`."""
+    facts = {
+        "run_dir": str(folder.path),
+        "adapter_dir": str(folder.adapter),
+        "merged_dir": str(merged.out) if merged else None,
+        **asdict(outcome),
+    }
+    lines = [
+        f"Trained   {outcome.steps} steps, {outcome.tokens:,} tokens in {duration(outcome.wall_seconds)} "
+        f"({outcome.tokens_per_second:,.0f} tokens/s), peak {outcome.peak_memory_bytes / GIB:.1f} GiB",
+        f"Loss      {_loss(outcome)}",
+        f"Adapter   {folder.adapter}",
+    ]
+    if outcome.best_step not in (None, outcome.steps):
+        best = folder.checkpoints / f"step-{outcome.best_step:06d}" / "adapter"
+        lines.append(f"Best      step {outcome.best_step}, kept in {best}")
+    if merged:
+        lines.append(f"Merged    {merged.out}")
+    recipe = plan.recipe.origin.path
+    lines.append(f"Next      lorakit eval {recipe}" if plan.dataset.eval else f"Next      lorakit generate {folder.adapter}")
+    return Finished("\n".join(lines), facts)
+
+
+def _loss(outcome: Outcome) -> str:
+    last = "none" if outcome.final_loss is None else f"{outcome.final_loss:.4f} in the last step"
+    if outcome.best_eval_loss is None:
+        return last
+    return f"{last}; best eval loss {outcome.best_eval_loss:.4f} at step {outcome.best_step}"

@@ -1,6 +1,6 @@
 """A run's folder: who may write to it, what it tells of the run, and what a resume starts from."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -46,6 +46,12 @@ class RunFolder:
         """Add facts to `run.json`."""
         self.facts |= facts | {"updated": _now()}
         self.write("run.json", strict_json.dumps(self.facts))
+
+    def note_resume(self, changed: Mapping[str, Any]) -> None:
+        """Add to `run.json` from which step the run goes on, and what is not as it was."""
+        step = self.resume.state.step if self.resume else 0
+        resumes = [*self.facts.get("resumes", []), {"step": step, "changed": dict(changed)}]
+        self.note(resumes=resumes)
 
     def write(self, name: str, content: str | bytes) -> None:
         """Write one file of the folder, beside its place and renamed."""

@@ -10,7 +10,7 @@ import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,10 @@ from transformers import PreTrainedModel
 
 from lorakit import adapters
 from lorakit.adapters import Method
+from lorakit.data.batches import eval_batches
 from lorakit.errors import Interrupted, RunFailed
 from lorakit.model import base as base_models
+from lorakit.model.checkpointing import checkpoint_layers
 from lorakit.model.loss import token_loss
 from lorakit.recipe.sections import Skip
 from lorakit.runtime import Runtime, Stop, make_deterministic
@@ -88,25 +90,29 @@ def train(
     folder: RunFolder,
     reporter: Reporter,
     stop: Stop,
-    pinned: dict[str, Any],
+    *,
+    allow_inexact: bool = False,
 ) -> Outcome:
     """Train the adapter of a plan and publish it in the run's folder.
 
-    `pinned` is what must not differ between a run and its resume.
-
     Raises:
+        BadInput: when a resume would not go on as the run began, and that was not allowed.
         RunFailed: when a loss or gradient is not finite, an adapter tensor gets no gradient, or
             the disk refuses. The last checkpoint is intact.
         Interrupted: when a signal asked to stop; a checkpoint of the last step was written.
     """
+    pinned = passports.pinned(plan, runtime)
+    if folder.resume:
+        changed = checkpoint.check_unchanged(folder.resume, pinned, allow_inexact=allow_inexact)
+        folder.note_resume(changed)
     run = prepare(plan, runtime, folder, reporter, stop, pinned)
     settings, steps = plan.recipe.train, plan.steps
     with reporter:
         for index in range(run.state.step, steps.total):
             step(run, index)
             done, last = index + 1, index + 1 == steps.total
-            evaluates = plan.dataset.eval and steps.due(done, settings.eval_every)
-            saves = steps.due(done, settings.save_every)
+            evaluates = plan.dataset.eval and due(done, settings.eval_every, steps.per_epoch)
+            saves = due(done, settings.save_every, steps.per_epoch)
             stopping = settle(run, keep=0 if last or evaluates or saves or not runtime.lags else 1)
             if evaluates or (last and plan.dataset.eval):
                 evaluate(run)
@@ -143,7 +149,7 @@ def prepare(
         plan.base, device=runtime.device, dtype=plan.dtype, attention=plan.recipe.model.attention
     )
     if plan.checkpointing:
-        base_models.checkpoint_layers(model)
+        checkpoint_layers(model)
     resume, sites = folder.resume, list(plan.sites)
     if resume:
         method = adapters.attach_saved(adapters.read(resume.adapter), model, sites)
@@ -173,7 +179,7 @@ def step(run: Run, index: int) -> None:
     run.runtime.seed_step(plan.recipe.seed, index)
     rate = optim.set_rate(run.optimizer, optim.factor(settings, index, plan.steps.total))
     watch = gradients.watch() if index == 0 else None
-    trained = plan.steps.trained_tokens(index)
+    tokens, trained = plan.steps.tokens_of(index)
     for batch in plan.steps.step(index):
         loss = token_loss(run.model, put(batch, run.runtime.device)) / trained
         (loss * run.scale).backward()
@@ -196,7 +202,7 @@ def step(run: Run, index: int) -> None:
     gradients.zero()
     run.pending.append(Pending(index, rate, numbers))
     run.state.step = index + 1
-    run.state.tokens += plan.steps.step_tokens(index)
+    run.state.tokens += tokens
     run.state.trained_tokens += trained
 
 
@@ -206,7 +212,7 @@ def settle(run: Run, keep: int) -> bool:
     Raises:
         RunFailed: when a step was not finite and the recipe does not allow to skip it.
     """
-    asked = run.stop.requested if run.runtime.processes == 1 else False
+    asked = False
     while len(run.pending) > keep:
         pending = run.pending.pop(0)
         loss, norm, spoilt, stops = pending.numbers.tolist()
@@ -230,7 +236,8 @@ def settle(run: Run, keep: int) -> bool:
                 mem_peak=run.runtime.peak_bytes(),
             )
         )
-    return asked
+    # Alone, the process need not wait for its own vote; several stop only together.
+    return asked or (run.runtime.processes == 1 and run.stop.requested)
 
 
 def skip(run: Run, index: int, loss: float, norm: float) -> None:
@@ -259,7 +266,8 @@ def skip(run: Run, index: int, loss: float, norm: float) -> None:
 def evaluate(run: Run) -> None:
     """Score the evaluation rows, shared by the processes, and remember the best step."""
     adapters.set_training(run.model, False)
-    share = run.plan.steps.eval_batches()
+    batches = eval_batches(run.plan.dataset.eval, packing=bool(run.plan.packing))
+    share = itertools.islice(batches, run.runtime.process, None, run.runtime.processes)
     scores = score(run.model, itertools.takewhile(lambda _: not run.stop.requested, share))
     adapters.set_training(run.model, True)
     sums = torch.tensor(
@@ -299,6 +307,11 @@ def save_adapter(run: Run, path: Path) -> None:
     """Write the adapter with its passport into a folder that somebody else publishes."""
     passport = passports.of_run(run.plan, run.state, run.loss)
     adapters.save(path, run.method, run.model, list(run.plan.sites), passport, run.plan.tokenizer)
+
+
+def due(step: int, every: int | Literal["epoch"], per_epoch: int) -> bool:
+    """Tell whether something that happens every so many steps happens after this one."""
+    return step % (per_epoch if every == "epoch" else every) == 0
 
 
 def outcome(run: Run) -> Outcome:

@@ -38,7 +38,7 @@ def of_run(plan: Plan, state: State, loss: float | None) -> dict[str, Any]:
         "recipe": recipe,
         "recipe_sha256": sha256_json(recipe),
         "data": plan.dataset.report.facts(),
-        "template_sha256": plan.dataset.template_sha256,
+        "template_sha256": sha256_json(plan.dataset.chat_template),
         "base": plan.base.facts(),
         "quantization": plan.recipe.model.quantization,
         "dtype": str(plan.dtype).removeprefix("torch."),
@@ -54,8 +54,9 @@ def pinned(plan: Plan, runtime: Runtime) -> dict[str, Any]:
     """Return what must be the same for a resumed run to end bit-equal to an uninterrupted one."""
     return {
         **{f"recipe.{key}": value for key, value in _mathematics(plan.recipe).items()},
-        "data": plan.dataset.report.digest,
-        "template": plan.dataset.template_sha256,
+        "data": sha256_json(plan.dataset.report.facts()),
+        "order": plan.steps.order_sha256(0),
+        "template": sha256_json(plan.dataset.chat_template),
         "base": plan.base.fingerprint,
         "device": runtime.device.type,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit import adapters
 from lorakit.adapters import Method
-from lorakit.data.batches import Steps
+from lorakit.data.batches import Packing, Steps
 from lorakit.data.prepare import Dataset, prepare
 from lorakit.environment import cache_folder
 from lorakit.errors import BadInput, Notice
@@ -65,6 +65,7 @@ class Plan:
     groups: tuple[Group, ...]
     dataset: Dataset
     steps: Steps
+    packing: Packing
     dtype: torch.dtype
     checkpointing: bool
     trainable: int
@@ -157,7 +158,7 @@ def make(recipe: Recipe, runtime: Runtime, permissions: Permissions, *, data: Da
     tokenizer = base_models.load_tokenizer(base)
     dataset = data or prepare_data(recipe, base, tokenizer, permissions)
     notices = [*base.notices, *_warnings(recipe), *dataset.notices]
-    packing = recipe.data.packing
+    packing: Packing = recipe.data.packing
     if packing and (reason := _cannot_pack(method, skeleton)):
         if "packing" in recipe.data.model_fields_set:
             raise BadInput("recipe.conflict", f"data.packing: {reason}", where=recipe.origin.place("data", "packing"))
@@ -170,7 +171,9 @@ def make(recipe: Recipe, runtime: Runtime, permissions: Permissions, *, data: Da
     shape = memory.Shape.of(base.config)
     free = runtime.free_bytes()
     estimates = {
-        flag: memory.estimate(shape, total, trainable, dtype, steps.micro_batch_tokens, flag, runtime.device)
+        flag: memory.estimate(
+            shape, total, trainable, dtype, steps.micro_batch_tokens, checkpointing=flag
+        )
         for flag in (False, True)
     }
     chosen = recipe.train.gradient_checkpointing
@@ -181,9 +184,10 @@ def make(recipe: Recipe, runtime: Runtime, permissions: Permissions, *, data: Da
         tokenizer,
         method,
         tuple(sites),
-        _groups(sites, method),
+        _groups(sites, skeleton),
         dataset,
         steps,
+        packing,
         dtype,
         checkpointing,
         trainable,
@@ -220,7 +224,7 @@ def prepare_data(
 
 
 def _cannot_pack(method: Method, skeleton: PreTrainedModel) -> str | None:
-    return None if method.packs else "this method does not train on packed rows"
+    return can_pack(skeleton) if method.packs else f"{method.name()} does not train on packed rows"
 
 
 def _warnings(recipe: Recipe) -> list[Notice]:
@@ -233,9 +237,11 @@ def _warnings(recipe: Recipe) -> list[Notice]:
     return [Notice("recipe.unusual-value", text, place)]
 
 
-def _groups(method: Method, sites: list[Site]) -> tuple[Group, ...]:
+def _groups(sites: list[Site], adapted: PreTrainedModel) -> tuple[Group, ...]:
     """Count sites by the last part of their name, their shape and their rank."""
+    updates = {layer.name: layer.low_rank() for layer in adapters.layers_of(adapted)}
+    ranks = {name: len(update.A) for name, update in updates.items() if update}
     counts = Counter(
-        (site.name.rpartition(".")[2], site.inputs, site.outputs, method.rank_of(site)) for site in sites
+        (site.name.rpartition(".")[2], site.inputs, site.outputs, ranks.get(site.name)) for site in sites
     )
     return tuple(Group(name, n, i, o, rank) for (name, i, o, rank), n in counts.items())

@@ -27,7 +27,9 @@ def test_the_newest_comes_back_as_it_was(tmp_path: Path) -> None:
     found, notices = checkpoint.newest(tmp_path)
     assert found is not None
     assert not notices
-    assert found.state == State(step=10, tokens=100, best_loss=0.5, best_step=1, method={"ranks": [1, 2]})
+    assert found.state == State(
+        step=10, tokens=100, best_loss=0.5, best_step=1, method={"ranks": [1, 2]}
+    )
     assert found.pinned == PINNED
     assert torch.equal(found.optimizer_tensors()["exp_avg/A"], torch.full((3, 2), 7.0))
     assert (found.adapter / "adapter_config.json").is_file()
@@ -64,7 +66,11 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     for step in range(1, 7):
         write(tmp_path, step)
     checkpoint.prune(tmp_path, keep=2, best=3)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000003", "step-000005", "step-000006"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step-000003",
+        "step-000005",
+        "step-000006",
+    ]
 
 
 def test_a_difference_is_named_and_refused_unless_allowed(tmp_path: Path) -> None:

@@ -40,7 +40,10 @@ def test_a_second_start_is_refused_and_overwrite_removes_the_first(tmp_path: Pat
     path = tmp_path / "run"
     with opened(path, "start", ALONE) as folder:
         folder.write("old.txt", "old")
-    with pytest.raises(BadInput, match="a run that is finished") as caught, opened(path, "start", ALONE):
+    with (
+        pytest.raises(BadInput, match="a run that is finished") as caught,
+        opened(path, "start", ALONE),
+    ):
         pass
     assert caught.value.id == "output.not-empty"
     assert (path / "old.txt").exists()
@@ -57,7 +60,10 @@ def test_a_folder_that_is_no_run_is_never_touched(tmp_path: Path, mode: str) -> 
 
 
 def test_resume_without_a_checkpoint_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="no checkpoint") as caught, opened(tmp_path / "run", "resume", ALONE):
+    with (
+        pytest.raises(BadInput, match="no checkpoint") as caught,
+        opened(tmp_path / "run", "resume", ALONE),
+    ):
         pass
     assert caught.value.id == "checkpoint.none"
     with opened(tmp_path / "run", "resume-or-start", ALONE) as folder:

@@ -1,0 +1,223 @@
+"""The laws of the loop, on a tiny model: splits, packing, resume, and steps that are not finite."""
+
+import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from lorakit import adapters
+from lorakit.errors import BadInput, Interrupted, RunFailed
+from lorakit.recipe.reader import read
+from lorakit.runtime import Runtime, Stop
+from lorakit.training import folder as folders
+from lorakit.training import loop
+from lorakit.training.folder import Mode
+from lorakit.training.loop import Outcome
+from lorakit.training.plan import Permissions, make
+from lorakit.training.progress import Reporter, StepRecord
+from tests.tiny import write_tiny_model
+
+ALONE = Runtime(torch.device("cpu"))
+WORDS = (
+    "the capital of france is paris and the assistant answers the user with a helpful word".split()
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and 22 rows of very different lengths."""
+    path = tmp_path_factory.mktemp("loop")
+    write_tiny_model(path / "model", "llama")
+    with (path / "rows.jsonl").open("w") as file:
+        for n in range(22):
+            row = {
+                "prompt": " ".join(WORDS[: 1 + n % 7]),
+                "completion": " ".join(WORDS[n % 5 : 5 + 2 * (n % 4)]),
+            }
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+class Watcher(Reporter):
+    """Keeps the records, and asks the run to stop after a step."""
+
+    def __init__(self, steps: int, metrics: Path, stop: Stop, stop_after: int | None) -> None:
+        super().__init__(steps, 1, say=lambda _: None, console=None, metrics=metrics)
+        self.stop, self.stop_after = stop, stop_after
+        self.records: list[StepRecord] = []
+
+    def step(self, record: StepRecord) -> None:
+        super().step(record)
+        self.records.append(record)
+        if record.step == self.stop_after:
+            self.stop.signal = signal.SIGTERM
+
+
+@contextmanager
+def stopping() -> Iterator[Stop]:
+    stop = Stop()
+    try:
+        yield stop
+    finally:
+        stop.release()
+
+
+def carry_out(
+    folder: Path,
+    out: Path,
+    mode: Mode = "start",
+    *,
+    stop_after: int | None = None,
+    **train: Any,
+) -> tuple[Outcome, list[StepRecord], dict[str, torch.Tensor]]:
+    """Run a recipe over the tiny model; return the outcome, the records and the saved adapter."""
+    data = train.pop("data", {})
+    adapter = train.pop("adapter", {"rank": 4})
+    settings = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-2, "warmup": 0.0} | train
+    recipe_file = out.with_suffix(".yaml")
+    recipe_file.write_text(
+        yaml.safe_dump(
+            {
+                "model": {"path": str(folder / "model"), "dtype": "fp32"},
+                "adapter": adapter,
+                "data": {"train": str(folder / "rows.jsonl"), "eval": 0.2, "max_length": 128}
+                | data,
+                "train": settings,
+                "output_dir": str(out),
+            }
+        )
+    )
+    recipe = read(str(recipe_file), adapters.settings_for, [], environ={})
+    plan = make(recipe, ALONE, Permissions(offline=True))
+    with stopping() as stop, folders.opened(out, mode, ALONE) as opened:
+        watcher = Watcher(plan.steps.total, opened.metrics, stop, stop_after)
+        outcome = loop.train(plan, ALONE, opened, watcher, stop)
+    return outcome, watcher.records, load_file(out / "adapter" / "adapter_model.safetensors")
+
+
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max() / one[name].abs().max()) for name in one)
+
+
+def test_the_loss_falls_and_the_outcome_says_so(folder: Path, tmp_path: Path) -> None:
+    outcome, records, _ = carry_out(folder, tmp_path / "run", epochs=6)
+    assert records[-1].loss < 0.7 * records[0].loss
+    assert outcome.steps == len(records) == 6 * 3
+    assert outcome.final_loss == records[-1].loss
+    assert outcome.best_eval_loss is not None
+
+
+def test_the_first_reported_loss_is_that_of_the_untouched_base(
+    folder: Path, tmp_path: Path
+) -> None:
+    _, slow, _ = carry_out(folder, tmp_path / "slow", max_steps=1)
+    _, fast, _ = carry_out(folder, tmp_path / "fast", max_steps=1, learning_rate=0.1)
+    assert slow[0].loss == fast[0].loss
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        {"micro_batch_size": 1},
+        {"micro_batch_size": 3},
+        {"data": {"packing": False}},
+        {"data": {"packing": False}, "micro_batch_size": 2},
+        {"gradient_checkpointing": True},
+    ],
+    ids=str,
+)
+def test_any_split_of_a_batch_gives_the_same_run(
+    folder: Path, tmp_path: Path, split: dict[str, Any]
+) -> None:
+    """Bound: rounding of fp32 sums in another order, through six steps of AdamW."""
+    _, whole, expected = carry_out(folder, tmp_path / "whole")
+    _, parts, found = carry_out(folder, tmp_path / "parts", **split)
+    assert [r.loss for r in parts] == pytest.approx([r.loss for r in whole], rel=1e-5)
+    assert [r.grad_norm for r in parts] == pytest.approx([r.grad_norm for r in whole], rel=1e-4)
+    assert largest_difference(expected, found) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [{"rank": 4, "dropout": 0.1}, {"method": "dora", "rank": 4}, {"method": "ia3"}],
+    ids=str,
+)
+def test_a_resumed_run_ends_bit_equal_to_an_uninterrupted_one(
+    folder: Path, tmp_path: Path, adapter: dict[str, Any]
+) -> None:
+    _, _, whole = carry_out(folder, tmp_path / "whole", adapter=adapter)
+    with pytest.raises(Interrupted, match="step 2"):
+        carry_out(folder, tmp_path / "cut", adapter=adapter, stop_after=2)
+    _, records, resumed = carry_out(folder, tmp_path / "cut", "resume", adapter=adapter)
+    assert records[0].step == 3
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_changed_recipe_is_not_resumed(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        carry_out(folder, tmp_path / "run", stop_after=2)
+    with pytest.raises(BadInput, match=r"train\.learning_rate was 0\.01 and is 0\.02"):
+        carry_out(folder, tmp_path / "run", "resume", learning_rate=0.02)
+
+
+@contextmanager
+def spoilt_loss(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> Iterator[None]:
+    """Make the loss NaN in some of the calls, counted from 1."""
+    real, count = loop.token_loss, 0
+
+    def sometimes(model: Any, batch: Any) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        loss = real(model, batch)
+        return loss * float("nan") if count in calls else loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "token_loss", sometimes)
+        yield
+
+
+def test_a_step_that_is_not_finite_stops_the_run_and_leaves_no_trace(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with spoilt_loss(monkeypatch, {3}), pytest.raises(RunFailed, match="step 3") as caught:
+        carry_out(folder, tmp_path / "run", save_every=1)
+    assert caught.value.id == "run.not-finite"
+    assert "rows.jsonl" in str(caught.value.where)
+    found = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert found == ["step-000001", "step-000002"]
+    assert not (tmp_path / "run" / "adapter").exists()
+    _, _, whole = carry_out(folder, tmp_path / "whole", save_every=1)
+    _, _, resumed = carry_out(folder, tmp_path / "run", "resume", save_every=1)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_as_many_steps_may_be_skipped_as_the_recipe_allows(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed = {"on_non_finite": {"skip": 1}}
+    with spoilt_loss(monkeypatch, {2}):
+        outcome, records, tensors = carry_out(folder, tmp_path / "one", **allowed)
+    assert [record.step for record in records] == [1, 3, 4, 5, 6]
+    assert outcome.steps == 6
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    with spoilt_loss(monkeypatch, {2, 4}), pytest.raises(RunFailed, match="step 4"):
+        carry_out(folder, tmp_path / "two", **allowed)
+
+
+def test_checkpoints_hold_adapters_that_can_be_used(folder: Path, tmp_path: Path) -> None:
+    carry_out(folder, tmp_path / "run", save_every=2, keep_checkpoints=2)
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names[-2:] == ["step-000004", "step-000006"]
+    assert len(names) <= 3
+    saved = adapters.read(tmp_path / "run" / "checkpoints" / "step-000004" / "adapter")
+    assert saved.passport is not None
+    assert saved.passport["steps"] == 4
