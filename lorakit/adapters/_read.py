@@ -1,0 +1,205 @@
+"""Read a PEFT folder to the letter: every tensor and every setting accounted for, or an error.
+
+What a person can edit (settings, names, shapes, dtypes) is bad input; damaged bytes and values
+that are not finite are a failure. What cannot be seen without the base is checked in `_saved`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from torch import Tensor
+
+from lorakit import adapters
+from lorakit.adapters._method import Method, MethodSettings
+from lorakit.adapters._names import Names
+from lorakit.adapters._peft import Found, PeftConfig, shown
+from lorakit.errors import BadInput, Notice, Place, RunFailed, one_of
+from lorakit.storage import strict_json
+from lorakit.storage.hashing import check_sha256
+from lorakit.storage.paths import refuse_pickle
+from lorakit.storage.redact import printable
+from lorakit.storage.tensors import DTYPES, TensorFile
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+PASSPORT = "lorakit.json"
+FORMAT = 1  # of the passport; a larger number cannot be read
+
+CODES = ("F32", "F16", "BF16")
+COMMON_KEYS = frozenset(
+    """
+    peft_type task_type base_model_name_or_path revision inference_mode peft_version
+    target_modules exclude_modules modules_to_save layers_to_transform layers_pattern
+    """.split()
+)
+TASKS = (None, "CAUSAL_LM")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """An adapter as it was found on disk.
+
+    `tensors` are called as `Layer.tensors` calls them; `base_copies` are whole embeddings of the
+    base that PEFT puts beside their update, by module path.
+    """
+
+    folder: Path
+    config: PeftConfig
+    settings: MethodSettings
+    tensors: Mapping[str, Tensor]
+    base_copies: Mapping[str, Tensor]
+    passport: Mapping[str, Any] | None
+    notices: tuple[Notice, ...]
+
+    @property
+    def file(self) -> str:
+        """The file of tensors, for messages."""
+        return str(self.folder / TENSORS)
+
+    def method(self) -> Method:
+        """Return the method with the settings of the file."""
+        return adapters.get(self.settings.method)(self.settings)
+
+
+def read(path: Path) -> Saved:
+    """Read an adapter's folder, or the `adapter/` of a run's folder.
+
+    Raises:
+        BadInput: when a file is missing or a setting, a name, a shape or a dtype is wrong.
+        RunFailed: when bytes are damaged or values are not finite.
+    """
+    folder = _locate(path)
+    config = PeftConfig(_read_settings(folder / CONFIG), str(folder / CONFIG))
+    with TensorFile(folder / TENSORS, "adapter") as file:
+        passport = _read_passport(folder)
+        config.refuse_imports()
+        method = _method(config, passport)
+        odd = config.refuse_unknown(COMMON_KEYS | method.PEFT_KEYS, method.PEFT_FIXED)
+        if (task := config.values.get("task_type")) not in TASKS:
+            raise config.wrong("task_type", f"{shown(task)} is not supported")
+        names = Names.of(method, file.names)
+        names.check(method, config, str(file.path))
+        _check_dtypes(file)
+        shapes = {name: file.shape(key) for name, key in names.keys.items()}
+        settings = _settings(method, config, Found(tuple(names.parts), tuple(names.copies), shapes))
+        tensors = {name: _finite(file, key) for name, key in names.keys.items()}
+        copies = {module: _finite(file, key) for module, key in names.base_copies.items()}
+    notices = [
+        Notice("adapter.unknown-setting", f"{key} is not known and is ignored", Place(config.path))
+        for key in odd
+    ]
+    if passport is None:
+        message = f"there is no {PASSPORT}: nothing tells which base the adapter was trained on"
+        notices.append(Notice("adapter.no-passport", message, Place(str(folder))))
+    return Saved(folder, config, settings, tensors, copies, passport, tuple(notices))
+
+
+def _locate(path: Path) -> Path:
+    """Return the folder that holds the adapter's two files.
+
+    Raises:
+        BadInput: `adapter.not-found`, `adapter.missing-file`, or `security.pickle`.
+    """
+    if not path.is_dir():
+        what = "is a file, not an adapter's folder" if path.exists() else "there is no such folder"
+        raise BadInput("adapter.not-found", what, where=str(path))
+    nested = path / "adapter"
+    folder = nested if (nested / CONFIG).is_file() and not (path / CONFIG).is_file() else path
+    present = sorted(entry.name for entry in folder.iterdir())
+    for name in (CONFIG, TENSORS):
+        if name in present:
+            continue
+        for other in present:
+            if name == TENSORS and other.startswith("adapter_model."):
+                refuse_pickle(other, folder)
+        message = f"{name} is missing; found {', '.join(map(printable, present[:10])) or 'nothing'}"
+        raise BadInput("adapter.missing-file", message, where=str(folder))
+    return folder
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """Read PEFT's settings; a number that is not finite is a wrong setting, not damage."""
+    try:
+        return strict_json.read_object(path, "adapter")
+    except RunFailed as error:
+        if error.id != "adapter.not-finite":
+            raise
+        raise BadInput("adapter.bad-setting", error.message, where=error.where) from None
+
+
+def _read_passport(folder: Path) -> dict[str, Any] | None:
+    """Read the passport and compare the tensors with its digest; None when there is none.
+
+    Raises:
+        BadInput: when it is not one, or of a later format.
+        RunFailed: `adapter.damaged` when the digest differs.
+    """
+    path = folder / PASSPORT
+    if not path.exists():
+        return None
+    passport = strict_json.read_object(path, "adapter")
+    version, files = passport.get("format"), passport.get("files")
+    if type(version) is not int or version > FORMAT:
+        message = f"format {shown(version)} cannot be read, only up to {FORMAT}"
+        raise BadInput("adapter.bad-config", message, where=str(path), help="update lorakit")
+    if not isinstance(files, dict) or not isinstance(files.get(TENSORS), str):
+        raise BadInput("adapter.bad-config", f"files holds no digest of {TENSORS}", where=str(path))
+    check_sha256(folder / TENSORS, files[TENSORS], "adapter")
+    return passport
+
+
+def _method(config: PeftConfig, passport: Mapping[str, Any] | None) -> type[Method]:
+    """Return the method that reads these settings, the passport's when there are several.
+
+    Raises:
+        BadInput: `adapter.unknown-type` when there is none.
+    """
+    methods = {name: adapters.get(name) for name in adapters.names()}
+    fits = [name for name, method in methods.items() if method.reads(config.values)]
+    named = passport.get("method") if passport else None
+    if named is not None and named not in fits:
+        message = f"the passport's method {shown(named)} is not what peft_type and its flags say"
+        raise config.wrong("peft_type", message, "adapter.unknown-type")
+    if not fits:
+        known = one_of(sorted({method.PEFT_TYPE for method in methods.values()}))
+        found = shown(config.values.get("peft_type"))
+        raise config.wrong("peft_type", f"expected {known}, found {found}", "adapter.unknown-type")
+    return methods[named or fits[0]]
+
+
+def _settings(method: type[Method], config: PeftConfig, found: Found) -> MethodSettings:
+    """Return the method's settings; what they forbid is wrong in the file too."""
+    try:
+        return method.from_peft(config, found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise config.wrong(key, f"{first['msg']}, found {shown(first['input'])}") from None
+
+
+def _check_dtypes(file: TensorFile) -> None:
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    for name in file.names:
+        if (code := codes[file.dtype(name)]) not in CODES:
+            raise BadInput(
+                "adapter.wrong-dtype",
+                f"{printable(name, 200)} is {code}; expected {one_of(CODES)}",
+                where=str(file.path),
+            )
+
+
+def _finite(file: TensorFile, key: str) -> Tensor:
+    """Read a tensor whose every value is finite.
+
+    Raises:
+        RunFailed: `adapter.not-finite`.
+    """
+    tensor = file.read(key)
+    if wrong := tensor.numel() - int(tensor.isfinite().sum()):
+        message = f"{printable(key, 200)} holds {wrong:,} values that are NaN or infinite"
+        help = "train the adapter or fetch it again"
+        raise RunFailed("adapter.not-finite", message, where=str(file.path), help=help)
+    return tensor

@@ -1,0 +1,225 @@
+"""The low-rank product against plain autograd, and its backward against finite differences."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lorakit.adapters._linear import LowRank, add_low_rank, added_to, low_rank_linear
+
+SHAPES = ((3,), (2, 3), (0,), (2, 0), (1, 1, 4))
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}
+
+
+def case(
+    rows: tuple[int, ...],
+    inputs: int,
+    outputs: int,
+    rank: int,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    layout: str = "contiguous",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return x, W, bias, A and B; `layout` says how x lies in memory."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw, dtype=torch.float64).to(dtype)
+
+    x = normal(*rows, inputs)
+    if layout == "transposed":
+        x = normal(inputs, *rows).movedim(0, -1)
+    elif layout == "expanded":
+        x = normal(*(1 for _ in rows), inputs).expand(*rows, inputs)
+    return x, normal(outputs, inputs), normal(outputs), normal(rank, inputs), normal(outputs, rank)
+
+
+def linear(weight: Tensor, bias: Tensor | None, conv1d: bool = False) -> nn.Module:
+    """Return a frozen module with these tensors."""
+    if conv1d:
+        made: nn.Module = Conv1D(weight.shape[0], weight.shape[1]).to(weight.dtype)
+        made.weight = nn.Parameter(weight.t().contiguous(), requires_grad=False)
+    else:
+        made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+        made.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias, requires_grad=False)
+    return made
+
+
+class Opaque(nn.Module):
+    """A base that is called as a module, like a quantised one."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def needs() -> list[tuple[bool, bool, bool]]:
+    """Return which of x, A, B are trained: every choice but none."""
+    return [choice for choice in itertools.product((True, False), repeat=3) if any(choice)]
+
+
+@pytest.mark.parametrize("rows", SHAPES)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded"])
+def test_gradients_are_those_of_finite_differences(rows, layout):
+    """Over ranks, sizes, bases, signs and choices of what is trained: 315 cases in all."""
+    cases = itertools.product([(4, 3, 1), (3, 5, 2), (2, 2, 8)], needs())
+    for index, ((inputs, outputs, rank), wanted) in enumerate(cases):
+        kind = ("linear", "conv1d", "opaque")[(index + len(rows)) % 3]
+        scale = (0.7, -1.3)[index % 2]
+        x, weight, bias, A, B = case(rows, inputs, outputs, rank, layout=layout, seed=index)
+        base = linear(weight, bias if index % 4 else None, kind == "conv1d")
+        base = Opaque(base) if kind == "opaque" else base
+        # An expanded tensor writes to one place many times: finite differences cannot vary it.
+        wanted = (wanted[0] and layout != "expanded", *wanted[1:])
+        leaves = [t.detach().requires_grad_(w) for t, w in zip((x, A, B), wanted, strict=True)]
+
+        def product(x, A, B, base=base, scale=scale, kind=kind):
+            return low_rank_linear(x, base, LowRank(A, B, scale), conv1d=kind == "conv1d")
+
+        if any(wanted):
+            assert torch.autograd.gradcheck(product, leaves, eps=1e-6, atol=1e-7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "opaque"])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_equals_plain_autograd(dtype, kind, dropout):
+    x, weight, bias, A, B = case((2, 7), 24, 16, 4, dtype=dtype)
+    masters = torch.promote_types(dtype, torch.float32)
+    base = linear(weight, bias, kind == "conv1d")
+    results = []
+    for ours in (True, False):
+        own_x, own_a, own_b = (
+            t.clone().requires_grad_() for t in (x, A.to(masters), B.to(masters))
+        )
+        torch.manual_seed(3)
+        if ours:
+            module = Opaque(base) if kind == "opaque" else base
+            update = LowRank(own_a, own_b, -1.5)
+            y = low_rank_linear(own_x, module, update, dropout=dropout, conv1d=kind == "conv1d")
+        else:
+            seen = own_x
+            if dropout:
+                keep = torch.empty(14, 24, dtype=torch.bool).bernoulli_(1 - dropout).view(2, 7, 24)
+                seen = own_x * keep / (1 - dropout)
+            y = base(own_x) - 1.5 * seen @ own_a.to(dtype).t() @ own_b.to(dtype).t()
+        assert y.dtype == dtype
+        y.square().sum().backward()
+        results.append((y.detach(), own_x.grad, own_a.grad, own_b.grad))
+    for ours, plain in zip(*results, strict=True):
+        assert ours.dtype == plain.dtype
+        assert (ours - plain).norm() <= TOLERANCE[dtype] * plain.norm()
+
+
+def test_a_fixed_dropout_mask_passes_gradcheck():
+    x, weight, bias, A, B = case((2, 3), 5, 4, 2)
+    base = linear(weight, bias)
+
+    def product(x, A, B):
+        torch.manual_seed(1)
+        return low_rank_linear(x, base, LowRank(A, B, 0.9), dropout=0.5)
+
+    leaves = [t.requires_grad_() for t in (x, A, B)]
+    assert torch.autograd.gradcheck(product, leaves, eps=1e-6, atol=1e-7, rtol=1e-6)
+
+
+def test_only_x_and_its_projection_are_kept():
+    x, weight, bias, A, B = case((5, 6), 64, 48, 2, dtype=torch.float32)
+    x.requires_grad_()
+    A.requires_grad_()
+    B.requires_grad_()
+    base = linear(weight, bias)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        low_rank_linear(x, base, LowRank(A, B, 1.0))
+    weights = {base.weight.data_ptr(), A.data_ptr(), B.data_ptr()}
+    others = [t for t in kept if t.data_ptr() not in weights]
+    assert {t.data_ptr() for t in others} >= {x.data_ptr()}
+    assert sorted(t.numel() for t in others) == sorted([x.numel(), 30 * 2])
+
+
+def test_a_frozen_a_keeps_only_the_projection():
+    x, weight, bias, A, B = case((30,), 64, 48, 2, dtype=torch.float32)
+    B.requires_grad_()
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        low_rank_linear(x, linear(weight, bias), LowRank(A, B, 1.0))
+    assert x.data_ptr() not in {t.data_ptr() for t in kept}
+
+
+def test_zero_b_gives_the_base_bit_for_bit():
+    for dtype, conv1d in itertools.product(TOLERANCE, (False, True)):
+        x, weight, bias, A, B = case((4, 9), 32, 40, 4, dtype=dtype)
+        base = linear(weight, bias, conv1d)
+        y = low_rank_linear(x, base, LowRank(A, torch.zeros_like(B), 2.0), conv1d=conv1d)
+        assert torch.equal(y, base(x))
+
+
+def test_doubling_the_scale_and_halving_b_changes_nothing():
+    x, weight, bias, A, B = case((4,), 16, 12, 4, dtype=torch.float32)
+    base = linear(weight, bias)
+    once = low_rank_linear(x, base, LowRank(A, B, 0.75))
+    again = low_rank_linear(x, base, LowRank(A, B / 2, 1.5))
+    assert torch.equal(once, again)
+
+
+def test_permuting_ranks_leaves_the_merged_weight():
+    _, weight, _, A, B = case((1,), 16, 12, 4, dtype=torch.float32)
+    order = torch.tensor([2, 0, 3, 1])
+    one, other = (
+        added_to(weight, LowRank(A, B, 1.0)),
+        added_to(weight, LowRank(A[order], B[:, order], 1.0)),
+    )
+    assert (one - other).norm() <= 1e-6 * one.norm()
+
+
+def test_two_updates_are_one_of_the_summed_rank():
+    x, weight, bias, A, B = case((4,), 16, 12, 4)
+    _, _, _, A2, B2 = case((4,), 16, 12, 3, seed=9)
+    base = linear(weight, bias)
+    twice = add_low_rank(low_rank_linear(x, base, LowRank(A, B, 1.0)), x, LowRank(A2, B2, 1.0))
+    once = low_rank_linear(x, base, LowRank(torch.cat([A, A2]), torch.cat([B, B2], dim=1), 1.0))
+    assert (once - twice).norm() <= 1e-12 * once.norm()
+
+
+def test_a_trained_base_weight_gets_its_gradient():
+    x, weight, bias, A, B = case((4,), 16, 12, 4)
+    base = linear(weight, bias)
+    base.weight.requires_grad_()
+    low_rank_linear(x, base, LowRank(A, B, 1.0)).sum().backward()
+    assert base.weight.grad is not None
+
+
+def test_backward_is_marked_as_once_differentiable():
+    x, weight, bias, A, B = case((4,), 16, 12, 4)
+    A.requires_grad_()
+    y = low_rank_linear(x, linear(weight, bias), LowRank(A, B, 1.0)).square().sum()
+    (grad,) = torch.autograd.grad(y, A, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_merged_weights_are_rounded_once():
+    """In bf16 the merged weight is the nearest to the one computed in fp64."""
+    _, weight, _, A, B = case((1,), 256, 192, 16, dtype=torch.float32)
+    weight = weight.bfloat16()
+    merged = added_to(weight, LowRank(A * 0.1, B * 0.1, 2.0)).bfloat16()
+    exact = (weight.double() + 2.0 * (B * 0.1).double() @ (A * 0.1).double()).bfloat16()
+    same = merged == exact
+    assert same.float().mean() >= 0.999
+    ulp = 2.0**-7 * exact.abs().float()  # at most one unit in the last place
+    assert ((merged.float() - exact.float()).abs() <= ulp).all()
+
+
+def test_some_rows_are_merged_as_in_the_whole():
+    _, weight, _, A, B = case((1,), 16, 12, 4, dtype=torch.float32)
+    update, rows = LowRank(A, B, 1.5), slice(3, 8)
+    assert torch.equal(added_to(weight[rows], update, rows), added_to(weight, update)[rows])
