@@ -1,0 +1,226 @@
+"""Merge an adapter into its base: new files, written block by block, checked, then published."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lorakit import __version__
+from lorakit.adapters import Saved, check_base, merge_layers
+from lorakit.errors import BadInput, CheckFailed, Notice
+from lorakit.export.blocks import MergedTensors, Unit
+from lorakit.export.texts import REPORT, find_texts, write_texts
+from lorakit.export.verify import BOUNDS, GIB, check_written, compare_logits, needed_bytes
+from lorakit.model.base import Base, skeleton
+from lorakit.model.sites import find_sites
+from lorakit.model.weights import INDEX, SINGLE
+from lorakit.runtime import DTYPES, Runtime
+from lorakit.storage import strict_json
+from lorakit.storage.disk import storage_errors
+from lorakit.storage.hashing import sha256_file
+from lorakit.storage.publish import publish_folder
+from lorakit.storage.tensors import TensorWriter
+
+SCHEMA = "lorakit.merge/1"
+MAX_SHARD = 5 * 10**9  # bytes
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to merge: dtype of the result, share of the adapter's change, size of files in bytes."""
+
+    dtype: Literal["keep", "bf16", "fp16", "fp32"] = "keep"
+    scale: float = 1.0
+    max_shard: int = MAX_SHARD
+    verify: bool = True
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A merge before it costs anything: every tensor and every file, and warnings."""
+
+    saved: Saved
+    base: Base
+    out: Path
+    options: Options
+    tensors: MergedTensors
+    shards: Mapping[str, Sequence[Unit]]
+    texts: Mapping[str, Path]
+    notices: tuple[Notice, ...]
+
+    @property
+    def bytes(self) -> int:
+        """What the files of tensors take on the disk."""
+        return sum(self.tensors.bytes(unit) for unit in self.tensors.units)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The coarsest dtype that an adapted tensor is written in."""
+        names = [name for unit in self.tensors.units if unit.layer for name in unit.names.values()]
+        return max(map(self.tensors.dtype, names), key=BOUNDS.__getitem__)
+
+
+@contextmanager
+def planned(saved: Saved, base: Base, out: Path, options: Options) -> Iterator[Plan]:
+    """Yield the plan of a merge, the base's files open, after every check that reads no weights.
+
+    Raises:
+        BadInput: `output.is-input`, `output.not-empty`, `adapter.wrong-base` or
+            `adapter.not-mergeable`.
+    """
+    _check_output(out, [saved.folder, base.where], overwrite=options.overwrite)
+    notice = check_base(saved, base)
+    sites = find_sites(skeleton(base))
+    layers = merge_layers(saved, sites)
+    with base.weights() as weights:
+        dtype = None if options.dtype == "keep" else DTYPES[options.dtype]
+        tensors = MergedTensors(weights, layers, sites, dtype=dtype, scale=options.scale)
+        shards = _shards(tensors, options.max_shard)
+        notices = (*saved.notices, *base.notices, *([notice] if notice else []))
+        yield Plan(saved, base, out, options, tensors, shards, find_texts(saved, base), notices)
+
+
+def merge(
+    plan: Plan, runtime: Runtime, advance: Callable[[int], None] = lambda _: None
+) -> dict[str, Any]:
+    """Write, check and publish the merged model; returns the content of `merge_report.json`.
+
+    A merge that fails a check leaves nothing behind. `advance` hears how many more bytes are
+    written.
+
+    Raises:
+        CheckFailed: `check.merge` when what was written is not base and adapter in one.
+        RunFailed: `model.not-finite`, or when the disk refuses or is too small.
+    """
+    options = plan.options
+    texts = sum(path.stat().st_size for path in plan.texts.values())
+    with publish_folder(plan.out, replace=options.overwrite, needed=plan.bytes + texts) as folder:
+        shards = [
+            _write_shard(plan.tensors, folder / name, units, advance)
+            for name, units in plan.shards.items()
+        ]
+        dtype = None if options.dtype == "keep" else _name(plan.dtype)
+        write_texts(plan.texts, plan.base, folder, dtype)
+        _write_index(plan, folder)
+        written = check_written(plan.tensors, folder)
+        report = {
+            "schema": SCHEMA,
+            "lorakit_version": __version__,
+            "method": plan.saved.method().name(),
+            "adapter_sha256": sha256_file(Path(plan.saved.file)),
+            "base": plan.base.facts(),
+            "dtype": _name(plan.dtype),
+            "scale": options.scale,
+            "shards": shards,
+            "tensors": written.tensors,
+            "adapted": written.adapted,
+            "changed": written.changed,
+            "verify": {"files": {"ok": True}, "logits": _compared(plan, folder, runtime)},
+        }
+        with storage_errors(plan.out):
+            (folder / REPORT).write_text(strict_json.dumps(report), encoding="utf-8")
+    return report
+
+
+def _compared(plan: Plan, folder: Path, runtime: Runtime) -> dict[str, Any]:
+    """Compare logits, or say why not.
+
+    Raises:
+        CheckFailed: `check.merge` when they are further apart than rounding explains.
+    """
+    needed, free = needed_bytes(plan.tensors), runtime.free_bytes()
+    if not plan.options.verify:
+        return {"skipped": "--no-verify"}
+    if plan.options.scale != 1:
+        return {"skipped": f"scale {plan.options.scale:g} is no model that could be compared"}
+    if needed > free:
+        return {"skipped": f"needs {needed / GIB:.1f} GiB, {free / GIB:.1f} GiB are free"}
+    found = compare_logits(plan.saved, plan.base, folder, plan.dtype, runtime)
+    if not found.ok:
+        raise CheckFailed(
+            "check.merge",
+            f"the merged model's logits differ from those of base and adapter by "
+            f"{found.relative:.1e} of their norm, {_name(plan.dtype)} explains {found.bound:.1e}; "
+            f"largest difference {found.max_abs:.3g}, argmax agreement "
+            f"{found.argmax_agreement:.1%}, distance to the base {found.distance:.3g}",
+            help="nothing was published; --no-verify merges without this check",
+        )
+    return found.facts()
+
+
+def _check_output(out: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
+    """Refuse to write over what is read, or over what is not a merge of ours."""
+    place = out.resolve()
+    for path in inputs:
+        if path.resolve().is_relative_to(place):
+            raise BadInput(
+                "output.is-input",
+                f"would replace {path.name}, which the merge reads",
+                where=str(out),
+                help="choose another folder with --out",
+            )
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    ours = (out / REPORT).is_file()
+    if not (overwrite and ours):
+        raise BadInput(
+            "output.not-empty",
+            "the folder holds an earlier merge" if ours else "holds files that are no merge",
+            where=str(out),
+            help="--overwrite replaces it" if ours else "choose another folder with --out",
+        )
+
+
+def _shards(tensors: MergedTensors, limit: int) -> dict[str, list[Unit]]:
+    """Return which units go into which file; one larger than the limit has a file of its own."""
+    groups: list[list[Unit]] = []
+    size = limit
+    for unit in tensors.units:
+        size += tensors.bytes(unit)
+        if size > limit:
+            groups.append([])
+            size = tensors.bytes(unit)
+        groups[-1].append(unit)
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    return {
+        f"model-{number:05d}-of-{len(groups):05d}.safetensors": group
+        for number, group in enumerate(groups, 1)
+    }
+
+
+def _write_shard(
+    tensors: MergedTensors, path: Path, units: Sequence[Unit], advance: Callable[[int], None]
+) -> dict[str, Any]:
+    """Write one file of tensors; returns its name, size and SHA-256."""
+    names = [name for unit in units for name in unit.names.values()]
+    shapes = {name: (tensors.shape(name), tensors.dtype(name)) for name in names}
+    with TensorWriter(path, shapes) as writer:
+        for unit in units:
+            for block in tensors.blocks(unit):
+                writer.write(block.name, block.merged, block.row)
+                advance(block.merged.nbytes)
+        return {"file": path.name, "sha256": writer.finish(), "bytes": writer.size}
+
+
+def _write_index(plan: Plan, folder: Path) -> None:
+    """Write which tensor is in which file, where there are several."""
+    if len(plan.shards) == 1:
+        return
+    files = {
+        name: file
+        for file, units in plan.shards.items()
+        for unit in units
+        for name in unit.names.values()
+    }
+    index = {"metadata": {"total_size": plan.bytes}, "weight_map": files}
+    with storage_errors(plan.out):
+        (folder / INDEX).write_text(strict_json.dumps(index), encoding="utf-8")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,199 @@
+"""Two checks of a merge: the bytes that were written, and the logits of the model they make.
+
+The bound of the second follows from one matrix product whose weight was rounded (measured over
+sizes 256 to 2,048 and ranks 8 to 64). A decoder layer has four such products in a row, and their
+errors add up like random ones.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from lorakit.adapters import Saved, attach_saved, switched_off
+from lorakit.errors import CheckFailed
+from lorakit.export.blocks import Block, MergedTensors
+from lorakit.model.base import Base, load
+from lorakit.model.sites import find_sites
+from lorakit.model.tokenizer import VOCABULARIES
+from lorakit.model.weights import Weights, open_folder
+from lorakit.runtime import Runtime
+
+# Its annotations leave out half of what it returns.
+_AUTO: Any = AutoModelForCausalLM
+
+BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
+PRODUCTS = 4  # in a row, in one decoder layer
+SPARE = 1.2  # of the weights: what loading and a forward pass take besides
+GIB = 1 << 30
+
+PROBES = (
+    "The capital of France is Paris, and its river is called",
+    "def mean(values):\n    return sum(values) /",
+    '{"name": "Ada", "age": 36, "city":',
+    "Q: What is 17 + 25?\nA:",
+    "Once upon a time there was a small house at the edge of",
+    "El tren de Madrid llega a las ocho de la",
+    "Subject: Re: order 1042\n\nHello, my parcel has not",
+    "1. eggs\n2. milk\n3.",
+)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What reading the files again has shown: tensors in all, adapted ones, and those changed."""
+
+    tensors: int
+    adapted: int
+    changed: int
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Base with adapter against merged model, over all positions of the probe prompts.
+
+    `relative` is the difference's norm over that of the logits; `distance` is how far the adapter
+    moves the base's logits at most.
+    """
+
+    prompts: int
+    positions: int
+    max_abs: float
+    relative: float
+    bound: float
+    argmax_agreement: float
+    distance: float
+
+    @property
+    def ok(self) -> bool:
+        return self.relative <= self.bound
+
+    def facts(self) -> dict[str, Any]:
+        """Return the numbers for `merge_report.json`."""
+        return {
+            "prompts": self.prompts,
+            "positions": self.positions,
+            "max_abs": self.max_abs,
+            "relative_l2": self.relative,
+            "bound": self.bound,
+            "argmax_agreement": self.argmax_agreement,
+            "base_distance": self.distance,
+            "ok": self.ok,
+        }
+
+
+def check_written(tensors: MergedTensors, folder: Path) -> Written:
+    """Open what was written, compute every block again and compare it bit for bit.
+
+    Raises:
+        CheckFailed: `check.merge` when a tensor is missing, left over or different, and when
+            nothing differs from the base although the adapter is not zero.
+        RunFailed: `model.damaged` when a file's header is broken.
+    """
+    adapted = changed = 0
+    expected = [name for unit in tensors.units for name in unit.names.values()]
+    with open_folder(folder) as found:
+        if set(found.names) != set(expected):
+            odd = sorted(set(found.names) ^ set(expected))
+            raise CheckFailed("check.merge", f"the files do not hold what was merged: {odd[0]}")
+        for unit in tensors.units:
+            differs = dict.fromkeys(unit.names.values(), False)
+            for block in tensors.blocks(unit):
+                if not torch.equal(_read_again(found, block), block.merged):
+                    raise CheckFailed(
+                        "check.merge",
+                        f"{block.name}: {found.file_of[block.name]} does not hold what was "
+                        f"merged, from row {block.row} on",
+                        help="the disk or the memory is at fault: merge again, elsewhere",
+                    )
+                differs[block.name] |= not torch.equal(block.merged, block.base)
+            adapted += unit.layer is not None and len(differs)
+            changed += unit.layer is not None and sum(differs.values())
+    layers = [unit.layer for unit in tensors.units if unit.layer]
+    if not changed and tensors.scale and not all(layer.untouched() for layer in layers):
+        raise CheckFailed(
+            "check.merge",
+            f"none of {adapted} adapted tensors differs from the base although the adapter is not "
+            "zero: its changes are lost in rounding",
+            help="merge with --dtype fp32",
+        )
+    return Written(len(expected), adapted, changed)
+
+
+def _read_again(found: Weights, block: Block) -> Tensor:
+    if block.merged.dim() == 0:
+        return found.read(block.name)
+    return found.read(block.name, slice(block.row, block.row + len(block.merged)))
+
+
+def needed_bytes(tensors: MergedTensors) -> int:
+    """Return the memory that comparing logits takes: one model at a time, in fp32."""
+    return int(
+        SPARE * sum(4 * tensors.size(name) for u in tensors.units for name in u.names.values())
+    )
+
+
+def compare_logits(
+    saved: Saved, base: Base, folder: Path, dtype: torch.dtype, runtime: Runtime
+) -> Logits:
+    """Run probe prompts through base and adapter, and through the merged files.
+
+    Both compute in fp32 (fp64 for fp64 weights), so that nothing but the rounding of the merged
+    weights lies between them. The merged folder is loaded as any user of transformers would.
+    """
+    compute = torch.promote_types(dtype, torch.float32)
+    model = load(base, device=runtime.device, dtype=compute)
+    attach_saved(saved, model, find_sites(model))
+    prompts = _probes(folder, model.config.get_text_config().vocab_size)
+    adapted = _logits(model, prompts)
+    with switched_off(model):
+        plain = _logits(model, prompts)
+    del model
+    merged = _logits(_load_merged(folder, base, compute, runtime), prompts)
+    depth = PRODUCTS * base.config.get_text_config().num_hidden_layers
+    return Logits(
+        prompts=len(prompts),
+        positions=len(adapted),
+        max_abs=float((adapted - merged).abs().max()),
+        relative=float((adapted - merged).norm() / adapted.norm()),
+        bound=BOUNDS[dtype] * depth**0.5,
+        argmax_agreement=float((adapted.argmax(-1) == merged.argmax(-1)).double().mean()),
+        distance=float((adapted - plain).abs().max()),
+    )
+
+
+def _load_merged(folder: Path, base: Base, dtype: torch.dtype, runtime: Runtime) -> PreTrainedModel:
+    model, info = _AUTO.from_pretrained(
+        folder,
+        dtype=dtype,
+        device_map={"": runtime.device} if runtime.device.type != "cpu" else None,
+        trust_remote_code=base.remote_code,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    for kind in ("missing_keys", "mismatched_keys"):
+        if info[kind]:
+            first = sorted(map(str, info[kind]))[0]
+            message = f"transformers finds {kind.replace('_', ' ')} in the result: {first}"
+            raise CheckFailed("check.merge", message)
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _probes(folder: Path, vocabulary: int) -> list[list[int]]:
+    """Return the prompts as ids: by the folder's tokenizer, by their bytes where it has none."""
+    if not any((folder / name).is_file() for name in VOCABULARIES):
+        return [[byte % vocabulary for byte in text.encode()] for text in PROBES]
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return [tokenizer.encode(text) for text in PROBES]
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Tensor:
+    """Return the logits of every position, prompts end to end: (positions, vocabulary)."""
+    rows = [torch.tensor([prompt], device=model.device) for prompt in prompts]
+    return torch.cat([model(input_ids=row, use_cache=False).logits[0].cpu() for row in rows])

@@ -1,0 +1,48 @@
+"""Adapters with random values on tiny bases, made and saved as a run does it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorakit import adapters
+from lorakit.adapters import Saved
+from lorakit.environment import cache_folder
+from lorakit.model import base as bases
+from lorakit.model.base import Base
+from lorakit.model.sites import find_sites
+from lorakit.recipe.sections import Model
+from tests.tiny import tiny_tokenizer
+
+CPU = torch.device("cpu")
+TARGETS = {
+    "llama": ("q_proj", "v_proj", "down_proj"),
+    "qwen2": ("q_proj", "k_proj", "down_proj"),
+    "gpt2": ("c_attn", "mlp.c_proj"),
+}
+
+
+def find_base(folder: Path) -> Base:
+    """Find a local base as the commands do."""
+    section = Model(path=str(folder))
+    return bases.find(section, Path(), offline=True, allow_remote_code=False, cache=cache_folder())
+
+
+def save_adapter(
+    base: Base, folder: Path, method: str, *, seed: int = 1, size: float = 0.05, **settings: Any
+) -> Saved:
+    """Attach a method, give its tensors random values around their start, save and read it back."""
+    model = bases.load(base, device=CPU, dtype=torch.float32)
+    chosen = adapters.get(method)
+    attached = chosen(chosen.Settings(method=method, **settings))
+    sites = attached.sites(find_sites(model))
+    adapters.attach(attached, model, sites, seed=seed)
+    attached.start(model, sites, [])
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapters.trainable(model).values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
+    attached.refresh(model)
+    passport = {"base": base.facts(), "steps": 0}
+    adapters.save(folder, attached, model, sites, passport, tiny_tokenizer())
+    return adapters.read(folder)
