@@ -68,7 +68,7 @@ def inside(folder: Path, name: str, *, links_into: Path | None = None) -> Path:
         path = path / part
         try:
             if links_into is not None and path.is_symlink():
-                path = path.resolve(strict=True)
+                path = Path(os.path.realpath(path, strict=True))
                 if not path.is_relative_to(links_into.resolve()):
                     raise refused("is a link that leads outside")
             mode = os.lstat(path).st_mode

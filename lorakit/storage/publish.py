@@ -49,6 +49,7 @@ def publish_folder(
             os.mkdir(temporary, 0o755)
             yield temporary
             _settle(temporary)
+            _check(target, replace=replace)  # again: the block may have taken hours
             _put(temporary, target)
         finally:
             _delete(temporary)
@@ -104,23 +105,26 @@ def sweep(folder: Path, name: str | None = None) -> None:
 
 
 def _beside(target: Path, kind: str) -> Path:
-    return target.with_name(f".{kind}-{target.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    return target.parent / f".{kind}-{target.name}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def _prepare(target: Path, *, replace: bool) -> None:
-    """Check that `target` may be written, and clear its surroundings."""
+    _check(target, replace=replace)
+    make_folder(target.parent)
+    sweep(target.parent, target.name)
+
+
+def _check(target: Path, *, replace: bool) -> None:
     for path in (target, target.parent):
         if path.is_symlink():
             raise BadInput(
                 "security.path",
                 "is a symbolic link; lorakit does not write through links",
                 where=str(path),
-                help=f"name the place it leads to: {path.resolve()}",
+                help=f"name the place it leads to: {os.path.realpath(path)}",
             )
     if not replace and os.path.lexists(target) and not _is_empty_folder(target):
         raise BadInput("output.not-empty", "is there already", where=str(target))
-    make_folder(target.parent)
-    sweep(target.parent, target.name)
 
 
 def _is_empty_folder(path: Path) -> bool:

@@ -23,7 +23,7 @@ _TYPES = {list: "a list", str: "text", bool: "true or false", type(None): "null"
 _STRING = r'"(?:[^"\\]++|\\.)*+"'
 _BRACKET = re.compile(rf"{_STRING}|[{{}}\[\]]", re.DOTALL)
 _TOKEN = re.compile(rf"{_STRING}|[{{}}\[\]:,]|[^\s{{}}\[\]:,\"]+", re.DOTALL)
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class _Fault(Exception):
@@ -65,6 +65,7 @@ def parse(content: bytes | str, place: Place, family: str) -> Any:
     """
     text = decode(content, place, family) if isinstance(content, bytes) else content
     try:
+        _check_encodable(text)
         _check_depth(text)
         return _value(text)
     except _Fault as fault:
@@ -140,6 +141,13 @@ def _lines(path: Path, family: str) -> Iterator[tuple[int, bytes]]:
         yield number, bytes(line)
 
 
+def _check_encodable(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _Fault("encoding", "half of a surrogate pair", text[: error.start]) from None
+
+
 def _check_depth(text: str) -> None:
     if text.count("{") + text.count("[") <= MAX_DEPTH:
         return
@@ -164,7 +172,7 @@ def _value(text: str) -> Any:
         raise _Fault("syntax", message, text[: error.pos]) from None
     except (_Refused, ValueError):
         raise _first_refused(text) from None
-    if _SURROGATE.search(text):
+    if "\\u" in text and _SURROGATE.search(text):
         try:
             dumps_line(value).encode()
         except UnicodeEncodeError:

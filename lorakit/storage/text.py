@@ -66,7 +66,7 @@ def too_large(what: str, limit: int, where: Place, family: str) -> LorakitError:
 
 
 def _refuse_packed(content: bytes, place: Place, family: str) -> None:
-    for magic, name in _PACKED.items():
-        if content.startswith(magic):
-            message, help = f"the bytes are {name}, not text", "unpack the file first"
-            raise file_error(family, "compressed", message, where=place, help=help)
+    if content.startswith(tuple(_PACKED)):
+        name = next(name for magic, name in _PACKED.items() if content.startswith(magic))
+        message, help = f"the bytes are {name}, not text", "unpack the file first"
+        raise file_error(family, "compressed", message, where=place, help=help)

@@ -81,11 +81,14 @@ def test_the_links_of_a_cache_are_followed_within_it(tmp_path: Path) -> None:
     (snapshot / "x.safetensors").symlink_to("../../blobs/abc")
     (snapshot / "out.safetensors").symlink_to("../../../secret")
     (snapshot / "gone.safetensors").symlink_to("../../blobs/gone")
+    (snapshot / "loop.safetensors").symlink_to("loop.safetensors")
     cache = tmp_path / "models--a"
     assert inside(snapshot, "x.safetensors", links_into=cache) == (blobs / "abc").resolve()
     assert not inside(snapshot, "gone.safetensors", links_into=cache).exists()
     with pytest.raises(BadInput, match="outside"):
         inside(snapshot, "out.safetensors", links_into=cache)
+    with pytest.raises(BadInput, match="link"):
+        inside(snapshot, "loop.safetensors", links_into=cache)
     with pytest.raises(BadInput, match="link"):
         inside(snapshot, "x.safetensors")
 

@@ -197,9 +197,10 @@ def test_nothing_is_written_through_a_link(tmp_path: Path, replace: bool) -> Non
     elsewhere.mkdir()
     link = tmp_path / "link"
     link.symlink_to(elsewhere, target_is_directory=True)
+    (tmp_path / "loop").symlink_to("loop")
     dangling = tmp_path / "dangling"
     dangling.symlink_to(tmp_path / "nothing")
-    for target in (link, link / "out", dangling):
+    for target in (link, link / "out", dangling, tmp_path / "loop"):
         for write_it in (
             lambda target: put(target, replace=replace),
             lambda target: publish_file(target, b"x", replace=replace),
@@ -208,7 +209,7 @@ def test_nothing_is_written_through_a_link(tmp_path: Path, replace: bool) -> Non
                 write_it(target)
             assert caught.value.id == "security.path"
     assert os.listdir(elsewhere) == []
-    assert sorted(os.listdir(tmp_path)) == ["dangling", "elsewhere", "link"]
+    assert sorted(os.listdir(tmp_path)) == ["dangling", "elsewhere", "link", "loop"]
 
 
 def test_modes_are_those_of_the_umask(tmp_path: Path, umask: int) -> None:
@@ -272,12 +273,14 @@ def test_too_little_space_is_said_before_anything_is_written(
     assert os.listdir(tmp_path) == []
 
 
-def test_two_publications_of_one_target_do_not_meet(tmp_path: Path) -> None:
-    with publish_folder(tmp_path / "out") as first, publish_folder(tmp_path / "other") as second:
-        assert first != second
-        write(first, OLD)
-        write(second, NEW)
-    assert (version(tmp_path / "out"), version(tmp_path / "other")) == ("old", "new")
+def test_of_two_publications_of_one_target_the_later_is_refused(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with pytest.raises(BadInput) as caught, publish_folder(target) as later:
+        write(later, NEW)
+        put(target, OLD, replace=False)
+    assert caught.value.id == "output.not-empty"
+    assert version(target) == "old"
+    assert not beside(tmp_path)
 
 
 def test_a_failing_second_rename_brings_the_old_one_back(
@@ -297,3 +300,13 @@ def test_a_failing_second_rename_brings_the_old_one_back(
         put(target)
     assert version(target) == "old"
     assert not beside(tmp_path)
+
+
+def test_the_working_folder_is_no_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for target in (Path("."), Path("..")):
+        for replace in (False, True):
+            with pytest.raises(LorakitError):
+                put(target, replace=replace)
+    assert [path.name for path in tmp_path.rglob("*")] == ["here"]
