@@ -13,12 +13,16 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True)
 class Import:
-    """One imported name: `module` is all of it that is known to be a module."""
+    """One imported name: `module` is all of it that is known to be a module.
+
+    `function` is the one that it stands in; it never runs below `if TYPE_CHECKING`.
+    """
 
     module: str
     name: str
     place: str
     function: str | None
+    runs: bool = True
 
     @property
     def package(self) -> str:
@@ -63,17 +67,17 @@ class Module:
     @cached_property
     def imports(self) -> list[Import]:
         inside = {id(n): f.name for f in self.functions for n in ast.walk(f)}
-        found = []
-        for node in self.nodes:
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                source = node.module or "" if isinstance(node, ast.ImportFrom) else ""
-                for alias in node.names:
-                    full = f"{source}.{alias.name}" if source else alias.name
-                    module = source if source and full not in MODULES else full
-                    found.append(Import(module, alias.name, self.at(node), inside.get(id(node))))
-            elif name := imported_by_call(node):
-                found.append(Import(name, "", self.at(node), inside.get(id(node))))
-        return found
+        idle = {
+            id(n)
+            for branch in self.nodes
+            if isinstance(branch, ast.If) and dotted(branch.test) == "TYPE_CHECKING"
+            for n in ast.walk(branch)
+        }
+        return [
+            Import(module, name, self.at(node), inside.get(id(node)), id(node) not in idle)
+            for node in self.nodes
+            for module, name in imported(node)
+        ]
 
     @cached_property
     def texts(self) -> list[ast.Constant]:
@@ -92,12 +96,18 @@ class Module:
         ]
 
 
-def imported_by_call(node: ast.AST) -> str:
-    """Return `x` for `import_module("x")`, which is an import too."""
+def imported(node: ast.AST) -> list[tuple[str, str]]:
+    """Return the modules and names that a node imports; `import_module("x")` imports too."""
     match node:
+        case ast.Import():
+            return [(alias.name, alias.name) for alias in node.names]
+        case ast.ImportFrom():
+            source = node.module or "."
+            full = [(f"{source}.{alias.name}", alias.name) for alias in node.names]
+            return [(module if module in MODULES else source, name) for module, name in full]
         case ast.Call(func=function, args=[ast.Constant(value=str(name)), *_]):
-            return name if dotted(function).endswith("import_module") else ""
-    return ""
+            return [(name, "")] if dotted(function).endswith("import_module") else []
+    return []
 
 
 def room_of(module: str) -> str:
