@@ -7,7 +7,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def write_or_check(path: Path, text: str) -> int:
-    """Write a file; with `--check` among the arguments only say whether it is fresh: exit code 1."""
+    """Write a file and return 0; with `--check` return 1 when it is stale."""
     shown = path.relative_to(ROOT)
     if "--check" not in sys.argv[1:]:
         path.write_text(text, encoding="utf-8")

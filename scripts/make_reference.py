@@ -4,7 +4,7 @@ import sys
 
 from generated import ROOT, write_or_check
 
-from lorakit.recipe import schema
+from lorakit.recipe import reference, schema
 
 HEAD = """# Recipe keys
 
@@ -16,4 +16,5 @@ recipe's first line `# yaml-language-server: $schema=lorakit.schema.json`.
 """
 
 if __name__ == "__main__":
-    sys.exit(write_or_check(ROOT / "recipes/REFERENCE.md", HEAD + schema.reference(schema.shipped())))
+    page = HEAD + reference.table(schema.shipped())
+    sys.exit(write_or_check(ROOT / "recipes/REFERENCE.md", page))

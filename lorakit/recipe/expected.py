@@ -28,10 +28,12 @@ def variants(schema: Schema, root: Schema) -> list[Schema]:
     """Resolve references and alternatives into a flat list."""
     if "$ref" in schema:
         return variants(root["$defs"][schema["$ref"].rpartition("/")[2]], root)
-    several = schema.get("anyOf") or schema.get("oneOf") or schema.get("allOf")
-    if several:
-        return [found for one in several for found in variants(one, root)]
-    return [schema]
+    if "then" in schema:
+        return variants(schema["then"], root)
+    several = schema.get("anyOf") or schema.get("oneOf") or [schema, *schema.get("allOf", ())]
+    return [
+        found for one in several for found in ([schema] if one is schema else variants(one, root))
+    ]
 
 
 def at(root: Schema, path: Path) -> list[Schema]:
@@ -151,9 +153,9 @@ def _describe_one(schema: Schema) -> str:
     kind = schema.get("type", "")
     if kind == "array":
         several = "a list of at least one" if schema.get("minItems") else "a list"
-        words = [str(choice) for choice in choices([schema.get("items", {})])]
-        if words:
-            return f"{several} of {one_of(words)}"
+        entries = [str(choice) for choice in choices([schema.get("items", {})])]
+        if entries:
+            return f"{several} of {one_of(entries)}"
         return f"{several} entry" if schema.get("minItems") else several
     if kind in _ARTICLES:
         if kind == "integer" and schema.get("minimum") == 1 and "maximum" not in schema:

@@ -44,6 +44,7 @@ def locate(name: str | os.PathLike[str], folder: Path | None = None) -> Path:
     raise BadInput(
         "recipe.not-found",
         f"there is no recipe file {printable(str(path), 500)}, and no packaged recipe of that name",
+        where=printable(str(path), 500),
         help=help or "`lorakit recipes list` shows the packaged recipes",
     )
 

@@ -26,10 +26,10 @@ class Names:
     foreign: Mapping[str, str]
 
     @classmethod
-    def of(cls, root: Schema, adapter: Schema | None, foreign: Mapping[str, str]) -> "Names":
+    def of(cls, root: Schema, adapter: Schema, foreign: Mapping[str, str]) -> "Names":
         """Collect the keys of the recipe's schema and of the chosen method's settings."""
         homes: dict[str, tuple[str, ...]] = {}
-        for schema, base in ((root, ()), (adapter or {}, ("adapter",))):
+        for schema, base in ((root, ()), (adapter, ("adapter",))):
             for path in _key_paths(schema, schema, base):
                 homes[path[-1]] = (*homes.get(path[-1], ()), dotted(path[:-1]))
         return cls(homes, {**FOREIGN, **foreign})
@@ -82,9 +82,9 @@ def explain(
             meant += [key] if key else []
             made = problem(id, path, "unknown key", node.key or node.place, hint)
         elif fault.kind == "key":
-            allowed = [{"enum": _key_choices(schema, below[:-1])}]
-            _, sentence, help = expected.judge(path[-1], allowed)
-            made = problem("bad-choice", path, sentence, node.key or node.place, help)
+            allowed = [{"type": "string", "enum": _key_choices(schema, below[:-1])}]
+            id, sentence, help = expected.judge(path[-1], allowed)
+            made = problem(id, path, sentence, node.key or node.place, help)
         elif fault.kind == "own":
             made = _own(fault, node)
         elif fault.kind == "value":
@@ -137,7 +137,7 @@ def _own(fault: _Fault, tree: Node) -> BadInput:
         return problem("invalid", fault.path, str(context["error"]), node.place)
     help = context["help"] or None
     message = problem("invalid", fault.path, context["sentence"], node.place, help)
-    return BadInput(fault.detail["type"], message.message, where=node.key or node.place, help=help)
+    return BadInput(fault.detail["type"], message.message, where=node.at, help=help)
 
 
 def _nearest(tree: Node, path: Path) -> Node:
@@ -156,7 +156,7 @@ def _is_broken(tree: Node, path: Path) -> bool:
 
 
 def _key_paths(schema: Schema, root: Schema, base: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    for variant in expected.variants(schema, root) if schema else []:
+    for variant in expected.variants(schema, root):
         for key, below in variant.get("properties", {}).items():
             yield (*base, key)
             yield from _key_paths(below, root, (*base, key))

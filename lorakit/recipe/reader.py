@@ -3,9 +3,9 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
-from types import MappingProxyType
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from lorakit.errors import BadInput, RecipeError
 from lorakit.recipe import files, overrides, rules
@@ -13,21 +13,14 @@ from lorakit.recipe.dump import dump
 from lorakit.recipe.expected import shown
 from lorakit.recipe.layers import Layers
 from lorakit.recipe.problems import Names, explain
-from lorakit.recipe.sections import DEFAULT_METHOD, Adapter, Origin, Recipe
+from lorakit.recipe.sections import DEFAULT_METHOD, Adapter, Origin, Recipe, Section
 from lorakit.recipe.yaml_nodes import Node, dotted, problem
 
-__all__ = ["AnyAdapter", "Settings", "any_method", "dump", "read"]
+__all__ = ["Settings", "dump", "read"]
 
 Settings = Callable[[str], type[Adapter]]
-
-
-class AnyAdapter(Adapter, extra="allow"):
-    """The settings of no method in particular, for readers that must not wait for torch."""
-
-
-def any_method(method: str) -> type[Adapter]:
-    """Accept every adapter section as it is written."""
-    return AnyAdapter
+Foreign = Callable[[], Mapping[str, str]]
+S = TypeVar("S", bound=Section)
 
 
 def read(
@@ -36,7 +29,7 @@ def read(
     sets: Sequence[str] = (),
     *,
     environ: Mapping[str, str],
-    foreign: Mapping[str, str] = MappingProxyType({}),
+    foreign: Foreign = dict,
     today: date | None = None,
 ) -> Recipe:
     """Read a recipe file or a packaged recipe and fill in the defaults.
@@ -46,7 +39,7 @@ def read(
         settings_for: gives a method's settings; raises `adapter.unknown-method`.
         sets: overrides, as given to `--set`.
         environ: what `${VAR}` expands from.
-        foreign: what other tools call a method's settings: their name, our words.
+        foreign: gives what other tools call the methods: their name, our words.
         today: what `{date}` means; now by default.
 
     Raises:
@@ -71,45 +64,52 @@ def read(
 
 
 def _validated(
-    tree: Node, settings_for: Settings, foreign: Mapping[str, str]
+    tree: Node, settings_for: Settings, foreign: Foreign
 ) -> tuple[Recipe | None, list[BadInput]]:
     """Validate every section, the adapter's with its method's settings."""
     values = tree.plain
-    adapter = values.pop("adapter", {})
-    settings: type[Adapter] | None = None
-    problems: list[BadInput] = []
-    refused: list[tuple[ValidationError, tuple[str, ...], type[BaseModel]]] = []
-    if isinstance(adapter, dict):
-        settings, problems = _settings(tree, adapter.get("method", DEFAULT_METHOD), settings_for)
-    if settings:
-        try:
-            adapter = settings.model_validate({"method": DEFAULT_METHOD, **adapter})
-        except ValidationError as error:
-            refused.append((error, ("adapter",), settings))
-    if isinstance(adapter, dict):
-        adapter = Adapter()  # its problems are known: only the other sections are left to see
-    recipe = None
-    try:
-        recipe = Recipe.model_validate({**values, "adapter": adapter})
-    except ValidationError as error:
-        refused.append((error, (), Recipe))
-    if refused:
-        adapter_schema = settings.model_json_schema() if settings else None
-        names = Names.of(Recipe.model_json_schema(), adapter_schema, foreign)
-        for refusal, section, model in refused:
-            problems += explain(refusal, tree, section, model.model_json_schema(), names)
+    written = values.pop("adapter", {})
+    settings, problems = _settings(tree, written, settings_for)
+    adapter, wrong_adapter = _attempt(settings, {"method": DEFAULT_METHOD}, written)
+    # The other sections are judged even when nothing can be made of this one.
+    known = (adapter or Adapter()) if isinstance(written, dict) else written
+    recipe, wrong = _attempt(Recipe, values, {"adapter": known})
+    if wrong or wrong_adapter:
+        schema = Recipe.model_json_schema()
+        own = settings.model_json_schema() if settings else {}
+        names = Names.of(schema, own, foreign())
+        problems += explain(wrong, tree, (), schema, names) if wrong else []
+        problems += explain(wrong_adapter, tree, ("adapter",), own, names) if wrong_adapter else []
     return recipe, problems
 
 
+def _attempt(
+    model: type[S] | None, *values: dict[str, Any]
+) -> tuple[S | None, ValidationError | None]:
+    """Validate the values, later ones over earlier; without a model there is nothing to refuse."""
+    if model is None:
+        return None, None
+    try:
+        return model.model_validate({k: v for some in values for k, v in some.items()}), None
+    except ValidationError as error:
+        return None, error
+
+
 def _settings(
-    tree: Node, method: object, settings_for: Settings
+    tree: Node, written: object, settings_for: Settings
 ) -> tuple[type[Adapter] | None, list[BadInput]]:
+    """Return the settings of the method that the adapter section names."""
+    if not isinstance(written, dict):
+        return None, []
     path = ("adapter", "method")
+    method = written.get("method", DEFAULT_METHOD)
     node = tree.child("adapter")
     node = (node and node.child("method")) or tree
+    if node.broken:
+        return None, []
     if not isinstance(method, str):
         sentence = f"expected the name of a method, got {shown(method)}"
-        return None, [] if node.broken else [problem("wrong-type", path, sentence, node.place)]
+        return None, [problem("wrong-type", path, sentence, node.place)]
     try:
         return settings_for(method), []
     except BadInput as error:

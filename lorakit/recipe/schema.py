@@ -1,10 +1,13 @@
 """The JSON Schema of recipes, for editors, completion and the reference page."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import create_model
+
+from lorakit.errors import BadInput
 from lorakit.recipe import expected
 from lorakit.recipe.expected import Schema
 from lorakit.recipe.sections import DEFAULT_METHOD, Adapter, Recipe
@@ -62,65 +65,28 @@ def written(schema: Schema) -> str:
     return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
 
 
-def adapter_defaults(schema: Schema, method: str) -> dict[str, Any]:
-    """Return the defaults of a method's settings."""
-    found = schema["$defs"].get(f"adapter.{method}", {}).get("properties", {})
-    return {key: field["default"] for key, field in found.items() if "default" in field}
+def settings_for(method: str) -> type[Adapter]:
+    """Return a stand-in for a method's settings, for readers that must not wait for torch.
 
+    It knows the keys and defaults of the shipped schema and takes any value.
 
-def reference(schema: Schema) -> str:
-    """Return the recipe reference: one Markdown table with every key."""
-    rows: list[tuple[str, str, str, str]] = []
-    seen: set[str] = set()
-    for key, field in schema["properties"].items():
-        own = _adapter_rows(schema) if key == "adapter" else _rows(key, field, schema, seen)
-        rows += own
-    head = ("key", "value", "default", "meaning")
-    table = [head, ("---",) * 4, *rows]
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
-    return "\n".join(lines) + "\n"
-
-
-def _rows(
-    path: str, field: Schema, schema: Schema, seen: set[str]
-) -> Iterator[tuple[str, str, str, str]]:
-    """Yield the row of a key and those of the keys below it, each kind of block once."""
-    found = expected.variants(field, schema)
-    blocks = [variant for variant in found if variant.get("properties")]
-    if len(found) > len(blocks):
-        yield _row(path, field, found)
-    for block in found:
-        below = block.get("additionalProperties")
-        if isinstance(below, dict) and "$ref" in below:
-            blocks += [{"properties": {"*": below}}]
-    for block in blocks:
-        if str(block) not in seen:
-            seen.add(str(block))
-            for key, one in block["properties"].items():
-                yield from _rows(f"{path}.{key}", one, schema, seen)
-
-
-def _adapter_rows(schema: Schema) -> list[tuple[str, str, str, str]]:
-    """Return a row for each setting; methods that share it share the row."""
-    methods = schema["$defs"]["Adapter"]["properties"]["method"]["enum"]
-    owners: dict[tuple[str, str, str, str], list[str]] = {}
-    for name in methods:
-        own = schema["$defs"][f"adapter.{name}"]
-        for key, field in own["properties"].items():
-            if key != "method":
-                row = _row(f"adapter.{key}", field, expected.variants(field, schema))
-                owners.setdefault(row, []).append(name)
-    method = schema["$defs"]["Adapter"]["properties"]["method"]
-    rows = [_row("adapter.method", method, [{"enum": methods}])]
-    for row, names in owners.items():
-        only = "" if len(names) == len(methods) else f" (only {', '.join(names)})"
-        rows.append((*row[:3], row[3] + only))
-    return rows
-
-
-def _row(path: str, field: Schema, found: list[Schema]) -> tuple[str, str, str, str]:
-    default = f"`{json.dumps(field['default'], ensure_ascii=False)}`" if "default" in field else ""
-    return (f"`{path}`", expected.describe(found), default, field.get("description", ""))
+    Raises:
+        BadInput: `adapter.unknown-method`.
+    """
+    known = shipped()["$defs"]
+    if f"adapter.{method}" not in known:
+        names = [name.removeprefix("adapter.") for name in known if name.startswith("adapter.")]
+        near = expected.nearest(method, names)
+        raise BadInput(
+            "adapter.unknown-method",
+            f"there is no method {expected.shown(method)}",
+            help=f"did you mean '{near}'?" if near else "`lorakit methods` lists them",
+        )
+    fields = known[f"adapter.{method}"]["properties"]
+    # The defaults are plain values, so that a recipe of these settings can be written out.
+    keys = {key: (Any, field.get("default", ...)) for key, field in fields.items()}
+    settings: type[Adapter] = create_model(method, __base__=Adapter, **keys)  # type: ignore[call-overload]  # keys known at run time only
+    return settings
 
 
 def _tidied(schema: Any) -> Any:

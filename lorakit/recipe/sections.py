@@ -17,6 +17,7 @@ from pydantic import (
     Field,
     PrivateAttr,
     SerializeAsAny,
+    Strict,
     field_validator,
     model_validator,
 )
@@ -29,10 +30,6 @@ DEFAULT_METHOD = "lora"
 
 Metric = Literal["loss", "perplexity", "token_accuracy", "exact_match", "json_valid", "stop_rate"]
 Normalization = Literal["strip", "casefold", "punctuation", "number", "json"]
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _as_sources(value: Any) -> Any:
@@ -61,7 +58,9 @@ def fault(id: LiteralString, sentence: str, *below: str, help: str = "") -> Pyda
 
 
 _Text = Annotated[str, Field(min_length=1)]
-Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+# Strict models refuse a list where a tuple is kept; YAML has nothing but lists.
+FromList = Strict(False)
+Names = Annotated[tuple[str, ...], FromList]
 
 
 class Section(BaseModel):
@@ -239,10 +238,10 @@ class Eval(Section):
     """Metrics of the adapter and of the base, and the gates that decide the exit code."""
 
     data: Sources | None = Field(None, description="a path, source or list; else data.eval")
-    metrics: Annotated[tuple[Metric, ...], BeforeValidator(_as_tuple)] = Field(
+    metrics: Annotated[tuple[Metric, ...], FromList] = Field(
         ("loss", "perplexity"), min_length=1, description="what is computed"
     )
-    normalize: Annotated[tuple[Normalization, ...], BeforeValidator(_as_tuple)] = Field(
+    normalize: Annotated[tuple[Normalization, ...], FromList] = Field(
         ("strip",),
         description="before exact_match compares; number: the last number, json: parsed values",
     )

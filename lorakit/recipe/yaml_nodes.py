@@ -108,9 +108,10 @@ def parse(text: str, file: str, *, located: bool = True) -> tuple[Node | None, l
         root = walk.document()
     except yaml.YAMLError as error:
         raise RecipeError([_syntax_problem(error, text, walk.place)]) from None
-    except ValueError as error:
+    except ValueError:
         # PyYAML lets int() and chr() fail on absurd directives and escapes.
-        raise walk.error("syntax", str(error), walk.loader.get_mark()) from None
+        sentence = "an escape or a directive is out of range"
+        raise walk.error("syntax", sentence, walk.loader.get_mark()) from None
     return root, walk.problems
 
 

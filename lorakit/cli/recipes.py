@@ -1,0 +1,169 @@
+"""`lorakit recipes`: list, show, copy and check recipes, and print their schema. Without torch.
+
+Only `validate` loads the adapter methods, for their settings; the others know them from the
+shipped schema.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from lorakit import environment
+from lorakit.cli.screen import Screen, command
+from lorakit.errors import BadInput, RecipeError
+from lorakit.recipe import files, reference, schema
+from lorakit.recipe.layers import long_model
+from lorakit.recipe.reader import Settings, dump, read
+from lorakit.recipe.sections import Recipe
+from lorakit.recipe.yaml_nodes import parse
+from lorakit.storage.publish import publish_file
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+
+def _names(typed: str) -> list[str]:
+    return [name for name in files.packaged_recipes() if name.startswith(typed)]
+
+
+Name = Annotated[
+    str, typer.Argument(help="A packaged recipe, or a recipe file.", autocompletion=_names)
+]
+
+
+@app.command("list")
+@command
+def recipes_list(screen: Screen) -> None:
+    """List the recipes that come with lorakit."""
+    table = Table("recipe", "what it is", "model", "method", "data", box=None, pad_edge=False)
+    rows = []
+    for name, path in files.packaged_recipes().items():
+        recipe = _read(str(path), schema.settings_for)
+        row = {
+            "name": name,
+            "description": _description(recipe),
+            "model": recipe.model.path,
+            "method": recipe.adapter.method,
+            "data": ", ".join(source.path for source in recipe.data.train),
+        }
+        table.add_row(*row.values())
+        rows.append({**row, "path": str(path)})
+    screen.result(table, {"recipes": rows})
+
+
+@app.command("show")
+@command
+def recipes_show(
+    screen: Screen,
+    name: Name,
+    resolved: Annotated[
+        bool, typer.Option("--resolved", help="What it comes to, with the origin of each value.")
+    ] = False,
+    defaults: Annotated[
+        bool, typer.Option("--defaults", help="The keys that it leaves at their default, too.")
+    ] = False,
+) -> None:
+    """Print a recipe: its file, or what the file comes to."""
+    path = files.locate(name)
+    if resolved or defaults:
+        recipe = _read(str(path), schema.settings_for)
+        text = dump(recipe, defaults=defaults, origins=resolved)
+    else:
+        text = files.decode(files.read_bytes(path), path)
+    screen.result(text.removesuffix("\n"), {"path": str(path), "text": text})
+
+
+@app.command("copy")
+@command
+def recipes_copy(
+    screen: Screen,
+    name: Annotated[str, typer.Argument(help="A packaged recipe.", autocompletion=_names)],
+    destination: Annotated[
+        Path | None, typer.Argument(help="A file, or a folder; by default the working folder.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files.")] = False,
+) -> None:
+    """Copy a packaged recipe, with the files that it names, to edit it."""
+    path = files.packaged_recipes().get(name) or files.locate(name)
+    target = destination or Path()
+    target = target / path.name if target.is_dir() else target
+    copies = {target: files.read_bytes(path)}
+    for local in _local_files(copies[target], path):
+        copies[target.parent / local] = (path.parent / local).read_bytes()
+    changed = {to: data for to, data in copies.items() if not _holds(to, data)}
+    for to in changed:
+        if to.exists() and not force:
+            message = "there is such a file already"
+            raise BadInput("output.not-empty", message, where=str(to), help="--force replaces it")
+    for to, data in changed.items():
+        publish_file(to, data, replace=True)
+    shown = [str(to) for to in copies]
+    screen.result("\n".join(shown), {"path": str(target), "copied": shown})
+
+
+@app.command("validate")
+@command
+def recipes_validate(
+    screen: Screen, recipes: Annotated[list[str], typer.Argument(help="Recipe files or names.")]
+) -> None:
+    """Check recipes and report every problem of all of them."""
+    from lorakit import adapters
+
+    problems: list[BadInput] = []
+    for name in recipes:
+        try:
+            _read(name, adapters.settings_for)
+        except RecipeError as error:
+            problems += error.problems
+        except BadInput as error:
+            problems.append(error)
+        else:
+            screen.say(f"{name}: valid")
+    if problems:
+        raise RecipeError(problems)
+    screen.result(f"{len(recipes)} valid", {"recipes": recipes})
+
+
+@app.command("schema")
+@command
+def recipes_schema(
+    screen: Screen,
+    key: Annotated[str, typer.Argument(help="One key, such as train.learning_rate.")] = "",
+    out: Annotated[Path | None, typer.Option("--out", help="Write it to this file.")] = None,
+) -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    found = schema.shipped()
+    found = reference.field(found, key) if key else found
+    text = schema.written(found)
+    if out:
+        publish_file(out, text.encode(), replace=True)
+        screen.result(str(out), {"path": str(out)})
+    else:
+        screen.result(text.removesuffix("\n"), {"json_schema": found})
+
+
+def _read(name: str, settings_for: Settings) -> Recipe:
+    return read(name, settings_for, environ=environment.all_variables())
+
+
+def _description(recipe: Recipe) -> str:
+    """Return the first comment of a recipe that is no instruction to an editor."""
+    lines = recipe.origin.text.decode().splitlines()
+    comments = (line.lstrip("# ") for line in lines if line.startswith("#"))
+    return next((text for text in comments if text and "yaml-language-server" not in text), "")
+
+
+def _local_files(data: bytes, path: Path) -> list[str]:
+    """Return the relative paths of the files below its own folder that a recipe names."""
+    root, _ = parse(files.decode(data, path), str(path))
+    found: list[str] = []
+    for keys, node in long_model(root).walk() if root else ():
+        if isinstance(node.value, str) and files.is_path_key(keys):
+            inside = not Path(node.value).is_absolute() and ".." not in Path(node.value).parts
+            found += [node.value] if inside and (path.parent / node.value).is_file() else []
+    return list(dict.fromkeys(found))
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == data
