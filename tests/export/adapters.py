@@ -1,5 +1,6 @@
 """Adapters with random values on tiny bases, made and saved as a run does it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,14 @@ def find_base(folder: Path) -> Base:
 
 
 def save_adapter(
-    base: Base, folder: Path, method: str, *, seed: int = 1, size: float = 0.05, **settings: Any
+    base: Base,
+    folder: Path,
+    method: str,
+    *,
+    seed: int = 1,
+    size: float = 0.05,
+    passport: Mapping[str, Any] | None = None,
+    **settings: Any,
 ) -> Saved:
     """Attach a method, give its tensors random values around their start, save and read it back."""
     model = bases.load(base, device=CPU, dtype=torch.float32)
@@ -43,6 +51,6 @@ def save_adapter(
         for parameter in adapters.trainable(model).values():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
     attached.refresh(model)
-    passport = {"base": base.facts(), "steps": 0}
-    adapters.save(folder, attached, model, sites, passport, tiny_tokenizer())
+    made = {"base": base.facts(), "steps": 0, **(passport or {})}
+    adapters.save(folder, attached, model, sites, made, tiny_tokenizer())
     return adapters.read(folder)

@@ -1,0 +1,206 @@
+"""The model card: README.md beside an adapter, made from what its passport says."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lorakit.adapters import Saved, read
+from lorakit.data.sandbox import Template
+from lorakit.errors import BadInput
+from lorakit.storage import strict_json
+from lorakit.storage.publish import publish_file
+
+CARD = "README.md"
+TEMPLATE, TOKENIZER = "chat_template.jinja", "tokenizer_config.json"
+LOCAL_DATA = (".jsonl", ".json", ".csv", ".parquet")
+TRAINING = ("epochs", "max_steps", "batch_size", "learning_rate", "schedule", "warmup", "optimizer")
+ABSOLUTE = re.compile(r"[/\\~]|[A-Za-z]:[/\\]|file:")
+LIMITS = (
+    "An adapter changes its base a little: what the base gets wrong, or must not be used for, "
+    "holds for the adapter too. Check the licences of the base and of the data before you share it."
+)
+
+
+def write_card(folder: Path, metrics: Mapping[str, Any] | None = None) -> None:
+    """Write README.md into an adapter's folder, over the one that is there.
+
+    Raises:
+        RunFailed: when the disk refuses.
+    """
+    publish_file(folder / CARD, card(read(folder), metrics).encode(), replace=True)
+
+
+def card(saved: Saved, metrics: Mapping[str, Any] | None = None) -> str:
+    """Return the model card of an adapter; `metrics` are those of an evaluation's `results.json`.
+
+    The base is called by its hub id or the name of its folder, and no path is absolute.
+    """
+    passport = _shareable(saved.passport or {})
+    base, recipe = passport.get("base", {}), passport.get("recipe", {})
+    name = base.get("name") or "the base it was trained on"
+    commit = f" at `{base['revision']}`" if base.get("revision") else ""
+    method, title = saved.method().name(), passport.get("recipe_name") or saved.folder.name
+    maker = f"lorakit {passport['lorakit']}" if "lorakit" in passport else "lorakit"
+    parts = [
+        _front_matter(passport, method, name, title, metrics or {}),
+        f"# {title}\n\nAn adapter ({method}) for `{name}`{commit}, trained with {maker}.",
+        "## Use",
+        *_use(saved, name),
+        "## Prompt format",
+        *_prompt_format(saved.folder, recipe.get("data", {}).get("system")),
+        "## Data",
+        _table(("set", "rows", "tokens", "trained tokens"), _counts(passport.get("data", {}))),
+        "\n".join(_sources(passport.get("data", {}))),
+        "## Settings",
+        _table(("setting", "value"), _settings(passport)),
+        "## Metrics",
+        _table(("metric", "adapter", "base"), _metrics(passport, metrics or {})),
+        "## Limits",
+        LIMITS,
+    ]
+    if recipe:
+        text = json.dumps(recipe, indent=2, ensure_ascii=False)
+        parts.append(f"<details><summary>Recipe</summary>\n\n```json\n{text}\n```\n\n</details>")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front_matter(
+    passport: Mapping[str, Any], method: str, name: str, title: str, metrics: Mapping[str, Any]
+) -> str:
+    """Return the block that model hubs read; every value is JSON, which YAML includes."""
+    base = passport.get("base", {})
+    on_hub = bool(base.get("revision"))
+    sources = passport.get("recipe", {}).get("data", {}).get("train", ())
+    hub_data = [s["path"] for s in sources if not s["path"].endswith(LOCAL_DATA)]
+    measured = [
+        {"type": metric, "name": metric, "value": one["adapter"]}
+        for metric, one in metrics.items()
+        if one.get("adapter") is not None
+    ]
+    task = {"type": "text-generation"}
+    data = {"type": "eval", "name": "eval"}
+    values: dict[str, Any] = {
+        "library_name": "peft",
+        "base_model": name if base.get("name") else None,
+        "base_model_relation": "adapter",
+        "pipeline_tag": "text-generation",
+        "tags": [
+            method,
+            "transformers",
+            "lorakit",
+            *([f"base_model:adapter:{name}"] if on_hub else []),
+        ],
+        "datasets": hub_data,
+        "model-index": measured
+        and [{"name": title, "results": [{"task": task, "dataset": data, "metrics": measured}]}],
+    }
+    lines = [f"{key}: {json.dumps(value)}" for key, value in values.items() if value]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _use(saved: Saved, name: str) -> Iterable[str]:
+    folder = saved.folder.name
+    yield f'```\nlorakit generate {folder} "Your prompt"\nlorakit merge {folder} --out merged\n```'
+    yield (
+        "With PEFT:\n\n```python\n"
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"base = AutoModelForCausalLM.from_pretrained({json.dumps(name)})\n"
+        f"model = PeftModel.from_pretrained(base, {json.dumps(folder)})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(folder)})\n```"
+    )
+    config = saved.config.values
+    odd = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern")
+    if config.get("peft_type") == "LORA" and not any(config.get(key) for key in odd):
+        rank = max(8, 1 << (config["r"] - 1).bit_length())
+        yield (
+            f"With vLLM:\n\n```\nvllm serve {name} --enable-lora "
+            f"--lora-modules {folder}={folder} --max-lora-rank {rank}\n```"
+        )
+
+
+def _prompt_format(folder: Path, system: str | None) -> Iterable[str]:
+    """Show what one question becomes; a template that cannot show it is named only."""
+    settings: dict[str, Any] = {}
+    if (folder / TOKENIZER).is_file():
+        settings = strict_json.read_object(folder / TOKENIZER, "tokenizer.missing")
+    source = settings.get("chat_template")
+    if (folder / TEMPLATE).is_file():
+        source = (folder / TEMPLATE).read_text(encoding="utf-8")
+    if not isinstance(source, str):
+        yield "Plain text: the tokenizer has no chat template."
+        return
+    yield "The chat template beside the adapter; one question becomes"
+    messages = [{"role": "user", "content": "Hello!"}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    special = {key: text for key in ("bos_token", "eos_token") if (text := settings.get(key))}
+    try:
+        yield f"````\n{Template(source, special).render(messages, generation=True)}\n````"
+    except BadInput:
+        yield "what `apply_chat_template` makes of it."
+
+
+def _counts(data: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    found = ((name, data.get(name)) for name in ("train", "eval"))
+    keys = ("rows", "tokens", "trained")
+    return [(name, *(f"{one[key]:,}" for key in keys)) for name, one in found if one]
+
+
+def _sources(data: Mapping[str, Any]) -> list[str]:
+    return [f"- `{path}`, sha256 `{digest}`" for path, digest in data.get("sha256", {}).items()]
+
+
+def _settings(passport: Mapping[str, Any]) -> list[tuple[str, str]]:
+    train = passport.get("recipe", {}).get("train", {})
+    found = {
+        **passport.get("settings", {}),
+        **{key: train[key] for key in TRAINING if key in train},
+        "steps": passport.get("steps"),
+        "trained tokens": passport.get("trained_tokens"),
+        "dtype": passport.get("dtype"),
+        "seed": passport.get("seed"),
+        **passport.get("versions", {}),
+    }
+    return [
+        (key, value if isinstance(value, str) else json.dumps(value))
+        for key, value in found.items()
+        if value not in (None, [], {}, ())
+    ]
+
+
+def _metrics(passport: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    if metrics:
+        return [
+            (name, *(_number(one.get(k)) for k in ("adapter", "base")))
+            for name, one in metrics.items()
+        ]
+    known = passport.get("metrics", {})
+    labels = {"loss": "training loss, last", "best_eval_loss": "evaluation loss, best"}
+    return [(labels[key], _number(known[key]), "") for key in labels if known.get(key) is not None]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return "Not known."
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(
+        f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines
+    )
+
+
+def _shareable(value: Any) -> Any:
+    """Return a value of the passport with the last part alone of each absolute path."""
+    if isinstance(value, Mapping):
+        return {_shareable(key): _shareable(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_shareable(one) for one in value]
+    if isinstance(value, str) and ABSOLUTE.match(value):
+        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    return value

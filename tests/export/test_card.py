@@ -1,0 +1,116 @@
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lorakit.adapters import Saved
+from lorakit.export.card import card, write_card
+from tests.export.adapters import find_base, save_adapter
+from tests.tiny import write_tiny_model
+
+HOME = "/home/ann/secret"
+PASSPORT: dict[str, Any] = {
+    "recipe_name": "support",
+    "recipe": {
+        "model": {"path": f"{HOME}/models/tiny"},
+        "data": {
+            "train": [{"path": f"{HOME}/train.jsonl"}, {"path": "org/questions"}],
+            "system": "Be brief.",
+        },
+        "train": {"epochs": 2.0, "max_steps": None, "learning_rate": 2e-4},
+    },
+    "data": {
+        "train": {"rows": 400, "tokens": 40_000, "trained": 9_000},
+        "eval": None,
+        "sha256": {f"{HOME}/train.jsonl": "ab12"},
+    },
+    "metrics": {"loss": 1.25, "best_eval_loss": None},
+    "versions": {"torch": "2.13.0"},
+    "trained_tokens": 18_000,
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    folder = tmp_path_factory.mktemp("card")
+    base = find_base(write_tiny_model(folder / "tiny"))
+    targets = ("q_proj", "v_proj")
+    return save_adapter(
+        base, folder / "adapter", "lora", rank=6, target_modules=targets, passport=PASSPORT
+    )
+
+
+def front_matter(text: str) -> dict[str, Any]:
+    _, block, _ = text.split("---\n", 2)
+    return yaml.safe_load(block)
+
+
+def test_the_front_matter_is_yaml_that_a_hub_reads(saved: Saved):
+    found = front_matter(card(saved))
+    assert found["library_name"] == "peft"
+    assert found["base_model"] == "tiny"
+    assert found["base_model_relation"] == "adapter"
+    assert found["pipeline_tag"] == "text-generation"
+    assert found["datasets"] == ["org/questions"]
+    assert {"lora", "lorakit", "transformers"} <= set(found["tags"])
+    assert not any(tag.startswith("base_model:") for tag in found["tags"]), "a folder is no hub id"
+    assert "model-index" not in found
+
+
+def test_a_base_of_the_hub_is_named_with_its_commit(saved: Saved):
+    base = {"name": "org/model", "revision": "abc123"}
+    text = card(replace(saved, passport={**(saved.passport or {}), "base": base}))
+    assert front_matter(text)["base_model"] == "org/model"
+    assert "base_model:adapter:org/model" in front_matter(text)["tags"]
+    assert "`org/model` at `abc123`" in text
+
+
+def test_the_card_says_what_was_done_and_with_what(saved: Saved):
+    text = card(saved)
+    for wanted in (
+        "# support\n",
+        "`tiny`",
+        "| train | 400 | 40,000 | 9,000 |",
+        "`train.jsonl`, sha256 `ab12`",
+        "| rank | 6 |",
+        "| learning_rate | 0.0002 |",
+        "| training loss, last | 1.25 |",
+        "| torch | 2.13.0 |",
+        "PeftModel.from_pretrained",
+        "--max-lora-rank 8",
+        "lorakit merge adapter --out merged",
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello!<|im_end|>",
+    ):
+        assert wanted in text, wanted
+
+
+def test_no_absolute_path_and_no_none_is_in_the_card(saved: Saved, tmp_path: Path):
+    text = card(saved)
+    assert HOME not in text
+    assert str(saved.folder.parent) not in text
+    assert "None" not in text
+    bare = card(replace(saved, passport=None))
+    assert "None" not in bare
+    assert "base_model:" not in bare
+
+
+def test_metrics_of_an_evaluation_replace_those_of_the_run(saved: Saved):
+    metrics = {
+        "exact_match": {"adapter": 0.75, "base": 0.25},
+        "loss": {"adapter": None, "base": 2.0},
+    }
+    text = card(saved, metrics)
+    assert "| exact_match | 0.75 | 0.25 |" in text
+    assert "| loss |  | 2 |" in text
+    (entry,) = front_matter(text)["model-index"]
+    assert entry["results"][0]["metrics"] == [
+        {"type": "exact_match", "name": "exact_match", "value": 0.75}
+    ]
+
+
+def test_write_card_replaces_an_older_one(saved: Saved):
+    (saved.folder / "README.md").write_text("old")
+    write_card(saved.folder)
+    assert (saved.folder / "README.md").read_text() == card(saved)
