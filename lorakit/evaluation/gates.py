@@ -7,7 +7,7 @@ the rows, all but that share keep the margin on the right side.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -124,20 +124,21 @@ def _judge(
 ) -> Judgement:
     if measured is None:
         return Judgement(gate, None, None, None)
-    fixed = {} if baseline is None else {"baseline": baseline}
+    known: dict[str, Any] = {} if baseline is None else {"baseline": baseline}
 
-    def limit(rows: Tensor) -> float:
-        return gate.bound.limit(fixed if base is None else {**fixed, "base": base.over(rows)})
+    def limit(rows: Tensor) -> Tensor:
+        references = known if base is None else {**known, "base": base.over(rows)}
+        return torch.as_tensor(gate.bound.limit(references), dtype=torch.float64)
 
-    def margin(rows: Tensor) -> float:
+    def margin(rows: Tensor) -> Tensor:
         over = measured.over(rows) - limit(rows)
         return over if gate.side == "min" else -over
 
     everything = torch.arange(measured.n)
-    held = margin(everything)
+    held = float(margin(everything))
     if gate.confidence and math.isfinite(held):
         held = float(bootstrap(margin, measured.n).quantile(1 - gate.confidence))
-    return Judgement(gate, finite(limit(everything)), finite(measured.value), finite(held))
+    return Judgement(gate, finite(float(limit(everything))), finite(measured.value), finite(held))
 
 
 def _sides(

@@ -42,18 +42,17 @@ def generate(
     prompts: Sequence[Sequence[int]],
     decoding: Decoding,
     *,
-    stops: frozenset[int] | None = None,
+    stops: frozenset[int],
     advance: Callable[[int], None] = lambda _: None,
 ) -> list[Generation]:
-    """Answer every prompt, given as token ids; `advance` hears how many more rows are done.
+    """Answer every prompt, given as token ids, up to one of `stops`.
 
     Rows are batched longest first. Each row draws from a generator of its own, so that its luck
-    depends on the seed and its index alone. Without `stops`, those of `stop_ids` end an answer.
+    depends on the seed and its index alone. `advance` hears how many more rows are done.
 
     Raises:
         BadInput: `model.context-too-short` when a prompt leaves no room for an answer.
     """
-    stops = stop_ids(model, tokenizer) if stops is None else stops
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or FOREVER
     limits = [min(decoding.max_new_tokens, context - len(prompt)) for prompt in prompts]
     if min(limits, default=1) < 1:

@@ -1,10 +1,9 @@
 """Metrics as sums per row: a value is always total over total, never a mean of means."""
 
 import json
-import math
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
@@ -23,6 +22,7 @@ HIGHER_IS_BETTER = {
 }
 GENERATED = frozenset({"exact_match", "json_valid", "stop_rate"})
 RESAMPLES = 1000
+DRAWN_AT_ONCE = 1 << 20  # row indices
 NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]*\.?[0-9]+)")
 
 
@@ -43,7 +43,7 @@ class Tally:
 
     @property
     def value(self) -> float:
-        return self.over(torch.arange(self.n))
+        return float(self.over(torch.arange(self.n)))
 
     @property
     def stderr(self) -> float:
@@ -53,20 +53,22 @@ class Tally:
         error = float(residual.sqrt() / self.weights.sum())
         return error * self.value if self.exponential else error
 
-    def over(self, rows: Tensor) -> float:
-        """Return the value over these rows (indices, repeats allowed)."""
-        ratio = float(self.parts[rows].sum() / self.weights[rows].sum())
-        if not self.exponential:
-            return ratio
-        return math.exp(ratio) if ratio < math.log(torch.finfo(torch.float64).max) else math.inf
+    def over(self, rows: Tensor) -> Tensor:
+        """Return the value over these rows: indices (..., rows), repeats allowed."""
+        ratio = self.parts[rows].sum(-1) / self.weights[rows].sum(-1)
+        return ratio.exp() if self.exponential else ratio
 
 
-def bootstrap(statistic: Callable[[Tensor], float], rows: int) -> Tensor:
+def bootstrap(statistic: Callable[[Tensor], Tensor], rows: int) -> Tensor:
     """Return a statistic over 1,000 resamples of the rows, always the same ones: (resamples,).
 
     Rows are drawn once for everything inside `statistic`, so that differences are paired.
     """
-    return torch.tensor([statistic(picks) for picks in _resamples(rows)], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    at_once = max(1, DRAWN_AT_ONCE // rows)
+    sizes = (min(at_once, RESAMPLES - done) for done in range(0, RESAMPLES, at_once))
+    draws = (torch.randint(rows, (size, rows), generator=generator) for size in sizes)
+    return torch.cat([statistic(draw) for draw in draws])
 
 
 def from_scores(name: str, scores: Sequence[RowScore]) -> Tally:
@@ -100,12 +102,6 @@ def is_json(text: str) -> bool:
     except (ValueError, RecursionError):
         return False
     return True
-
-
-def _resamples(rows: int) -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(RESAMPLES):
-        yield torch.randint(rows, (rows,), generator=generator)
 
 
 def _column(values: Iterable[float]) -> Tensor:

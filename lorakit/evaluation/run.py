@@ -9,7 +9,7 @@ from lorakit.adapters import switched_off
 from lorakit.data.batches import eval_batches
 from lorakit.data.tokens import Example, Prompt
 from lorakit.errors import BadInput
-from lorakit.evaluation.generation import Decoding, Generation, generate
+from lorakit.evaluation.generation import Decoding, Generation, generate, stop_ids
 from lorakit.evaluation.metrics import GENERATED, Tally, from_marks, from_scores, is_json, matches
 from lorakit.evaluation.results import Measured, Results
 from lorakit.recipe.sections import Eval
@@ -20,7 +20,8 @@ from lorakit.scoring import RowScore, score
 class Task:
     """What is measured: rows to score, prompts to answer, and the recipe's section.
 
-    `packing` says whether scored rows may share a sequence; `stops` are the ids that end an answer.
+    `packing` says whether scored rows may share a sequence; `stops` are ids that end an answer
+    besides those of the tokenizer and of the generation settings.
     """
 
     examples: Sequence[Example]
@@ -98,7 +99,8 @@ def _answered(
     how = task.section.generate
     decoding = Decoding(how.max_new_tokens, how.temperature, seed=task.seed)
     prompts = [prompt.ids for prompt in task.prompts]
-    return generate(model, tokenizer, prompts, decoding, stops=task.stops, advance=advance)
+    stops = task.stops | stop_ids(model, tokenizer)
+    return generate(model, tokenizer, prompts, decoding, stops=stops, advance=advance)
 
 
 def _tally(

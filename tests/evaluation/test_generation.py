@@ -9,6 +9,8 @@ from lorakit.evaluation.generation import Decoding, generate, stop_ids
 from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
 
 NEW = 12
+FREE = frozenset[int]()
+END = frozenset({2})
 
 
 def prompts(count: int = 7, seed: int = 5) -> list[list[int]]:
@@ -20,7 +22,7 @@ def prompts(count: int = 7, seed: int = 5) -> list[list[int]]:
 
 def stops_of(model: torch.nn.Module, rows: Sequence[Sequence[int]]) -> frozenset[int]:
     """Return stop ids that end some of the rows early: tokens that a first look generates."""
-    found = generate(model, tiny_tokenizer(), rows, Decoding(NEW), stops=frozenset())
+    found = generate(model, tiny_tokenizer(), rows, Decoding(NEW), stops=FREE)
     return frozenset(found[row].tokens[2 * row] for row in (1, 2, 4))
 
 
@@ -39,7 +41,7 @@ def test_a_batch_answers_as_each_row_alone(family: str):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_is_what_a_forward_pass_without_cache_would_choose(family: str):
     model, rows = tiny_model(family), prompts(3)
-    answers = generate(model, tiny_tokenizer(), rows, Decoding(NEW), stops=frozenset())
+    answers = generate(model, tiny_tokenizer(), rows, Decoding(NEW), stops=FREE)
     for row, answer in zip(rows, answers, strict=True):
         ids = torch.tensor([[*row, *answer.tokens]])
         with torch.no_grad():
@@ -49,7 +51,7 @@ def test_greedy_is_what_a_forward_pass_without_cache_would_choose(family: str):
 
 def test_the_stop_token_ends_an_answer_and_is_no_part_of_it():
     model, tokenizer, rows = tiny_model("llama"), tiny_tokenizer(), prompts()
-    free = generate(model, tokenizer, rows, Decoding(NEW), stops=frozenset())
+    free = generate(model, tokenizer, rows, Decoding(NEW), stops=FREE)
     stops = stops_of(model, rows)
     for open_ended, answer in zip(
         free, generate(model, tokenizer, rows, Decoding(NEW), stops=stops), strict=True
@@ -70,27 +72,28 @@ def test_stops_come_from_tokenizer_and_generation_settings():
 
 def test_the_order_of_rows_and_the_size_of_batches_change_nothing(monkeypatch: pytest.MonkeyPatch):
     model, tokenizer, rows = tiny_model("llama"), tiny_tokenizer(), prompts()
-    expected = generate(model, tokenizer, rows, Decoding(NEW))
-    assert generate(model, tokenizer, rows[::-1], Decoding(NEW)) == expected[::-1]
+    expected = generate(model, tokenizer, rows, Decoding(NEW), stops=END)
+    assert generate(model, tokenizer, rows[::-1], Decoding(NEW), stops=END) == expected[::-1]
     monkeypatch.setattr(generation, "ROWS", 2)
     done: list[int] = []
-    assert generate(model, tokenizer, rows, Decoding(NEW), advance=done.append) == expected
+    assert (
+        generate(model, tokenizer, rows, Decoding(NEW), stops=END, advance=done.append) == expected
+    )
     assert done == [2, 2, 2, 1]
     monkeypatch.setattr(generation, "TOKENS", 1)
-    assert generate(model, tokenizer, rows, Decoding(NEW)) == expected
+    assert generate(model, tokenizer, rows, Decoding(NEW), stops=END) == expected
 
 
 def test_sampling_depends_on_seed_and_row_alone():
     model, tokenizer, rows = tiny_model("llama"), tiny_tokenizer(), prompts()
-    free = frozenset[int]()
     hot = Decoding(NEW, temperature=1.5, seed=1)
-    first = generate(model, tokenizer, rows, hot, stops=free)
+    first = generate(model, tokenizer, rows, hot, stops=FREE)
     torch.manual_seed(99)
-    assert generate(model, tokenizer, rows, hot, stops=free) == first
-    assert generate(model, tokenizer, rows[:2], hot, stops=free) == first[:2]
+    assert generate(model, tokenizer, rows, hot, stops=FREE) == first
+    assert generate(model, tokenizer, rows[:2], hot, stops=FREE) == first[:2]
     other = Decoding(NEW, temperature=1.5, seed=1000)
-    assert generate(model, tokenizer, rows, other, stops=free) != first
-    repeated = generate(model, tokenizer, [rows[0]] * 3, hot, stops=free)
+    assert generate(model, tokenizer, rows, other, stops=FREE) != first
+    repeated = generate(model, tokenizer, [rows[0]] * 3, hot, stops=FREE)
     assert len({answer.tokens for answer in repeated}) == 3
 
 
@@ -107,19 +110,19 @@ def test_sampling_follows_the_probabilities_within_top_p():
 
 def test_a_low_temperature_is_greedy():
     model, tokenizer, rows = tiny_model("llama"), tiny_tokenizer(), prompts()
-    cold = generate(model, tokenizer, rows, Decoding(NEW, temperature=1e-4))
-    assert cold == generate(model, tokenizer, rows, Decoding(NEW))
+    cold = generate(model, tokenizer, rows, Decoding(NEW, temperature=1e-4), stops=END)
+    assert cold == generate(model, tokenizer, rows, Decoding(NEW), stops=END)
 
 
 def test_answers_end_where_the_model_has_no_more_positions():
     model, tokenizer = tiny_model("gpt2"), tiny_tokenizer()
     long, short = [5] * 250, [5] * 3
-    found = generate(model, tokenizer, [short, long], Decoding(NEW), stops=frozenset())
+    found = generate(model, tokenizer, [short, long], Decoding(NEW), stops=FREE)
     assert [len(answer.tokens) for answer in found] == [NEW, 6]
     with pytest.raises(BadInput, match="256 tokens, the model has 256") as caught:
-        generate(model, tokenizer, [[5] * 256], Decoding(NEW))
+        generate(model, tokenizer, [[5] * 256], Decoding(NEW), stops=END)
     assert caught.value.id == "model.context-too-short"
 
 
 def test_nothing_to_answer_gives_nothing():
-    assert generate(tiny_model("llama"), tiny_tokenizer(), [], Decoding()) == []
+    assert generate(tiny_model("llama"), tiny_tokenizer(), [], Decoding(), stops=END) == []
