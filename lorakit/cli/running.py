@@ -1,24 +1,27 @@
 """Carry out a recipe with its folder, screen and signals: what stands behind `lorakit train`."""
 
 import json
+import shlex
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from lorakit import adapters, environment
 from lorakit.cli.screen import Screen
-from lorakit.errors import Notice
 from lorakit.export.card import write_card
-from lorakit.export.merge import merge_run
+from lorakit.export.merge import Options, check_output, merge, planned
 from lorakit.recipe.dump import dump
 from lorakit.recipe.sections import Recipe
 from lorakit.runtime import Runtime, Stop, start
+from lorakit.storage.redact import redact
 from lorakit.training import folder as folders
 from lorakit.training.folder import Mode, RunFolder
 from lorakit.training.loop import Outcome
 from lorakit.training.loop import train as train_plan
 from lorakit.training.passports import versions
 from lorakit.training.plan import Permissions, Plan, make
-from lorakit.training.progress import Reporter, duration
+from lorakit.training.progress import GIB, Reporter, duration
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ def run(
         screen.quiet = True
     path = recipe.run_folder
     folders.check_free(path, mode)
+    if recipe.merge.enabled and mode == "start":
+        check_output(Path(recipe.merge.out), [], overwrite=False)
     plan = make(recipe, runtime, permissions)
     screen.notice(*plan.notices)
     for label, text in plan.lines():
@@ -62,8 +67,20 @@ def run(
             return None
         folder.note(**asdict(outcome))
         write_card(folder.adapter)
-        merged = merge_run(screen, recipe, plan.base, folder.adapter) if recipe.merge.enabled else None
+        merged = merge_run(screen, plan, folder, runtime) if recipe.merge.enabled else None
         return finished(plan, folder, outcome, merged)
+
+
+def merge_run(screen: Screen, plan: Plan, folder: RunFolder, runtime: Runtime) -> Path:
+    """Merge the adapter of a finished run, as its recipe asks."""
+    section, saved = plan.recipe.merge, adapters.read(folder.adapter)
+    # What stands there is of this run: a new one would have been refused before it started.
+    options = Options(dtype=section.dtype, overwrite=True)
+    with planned(saved, plan.base, Path(section.out), options) as merging:
+        with screen.progress("merging", merging.bytes) as advance:
+            report = merge(merging, runtime, advance)
+    screen.say(f"Verified  {verdict(report)}")
+    return merging.out
 
 
 def record(plan: Plan, runtime: Runtime, folder: RunFolder) -> None:
@@ -78,19 +95,18 @@ def record(plan: Plan, runtime: Runtime, folder: RunFolder) -> None:
         versions=versions(),
         seed=plan.recipe.seed,
         dtype=str(plan.dtype).removeprefix("torch."),
-        attention=plan.attention,
         packing=plan.packing,
         gradient_checkpointing=plan.checkpointing,
         micro_batch_tokens=plan.steps.micro_batch_tokens,
     )
 
 
-def finished(plan: Plan, folder: RunFolder, outcome: Outcome, merged: MergeReport | None) -> Finished:
+def finished(plan: Plan, folder: RunFolder, outcome: Outcome, merged: Path | None) -> Finished:
     """Put the result into words and into the keys of `--json`."""
     facts = {
         "run_dir": str(folder.path),
         "adapter_dir": str(folder.adapter),
-        "merged_dir": str(merged.out) if merged else None,
+        "merged_dir": str(merged) if merged else None,
         **asdict(outcome),
     }
     lines = [
@@ -103,7 +119,7 @@ def finished(plan: Plan, folder: RunFolder, outcome: Outcome, merged: MergeRepor
         best = folder.checkpoints / f"step-{outcome.best_step:06d}" / "adapter"
         lines.append(f"Best      step {outcome.best_step}, kept in {best}")
     if merged:
-        lines.append(f"Merged    {merged.out}")
+        lines.append(f"Merged    {merged}")
     recipe = plan.recipe.origin.path
     lines.append(f"Next      lorakit eval {recipe}" if plan.dataset.eval else f"Next      lorakit generate {folder.adapter}")
     return Finished("\n".join(lines), facts)

@@ -143,9 +143,14 @@ class Screen:
             several = {"errors": described} if isinstance(error, RecipeError) else {}
             self._document({"error": described[0], **several}, error.exit_code)
 
+    def trace(self, error: BaseException) -> None:
+        """Show where an error came from, with `--debug`."""
+        if self.debug:
+            self.err.print(self._traceback(error), markup=False, highlight=False, soft_wrap=True)
+
     def fail_unforeseen(self, error: BaseException) -> None:
         """Report a bug in one line and write the traceback to a file only the user can read."""
-        text = self._clean("".join(traceback.format_exception(error)))
+        text = self._traceback(error)
         path = Path(f"lorakit-crash-{os.getpid()}.txt")
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -156,7 +161,8 @@ class Screen:
             where = "nowhere (the working folder cannot be written)"
         summary = self._clean(f"{type(error).__name__}: {error}".splitlines()[0][:300])
         self.err.print(_styled(f"error[{BUG_ID}]: {summary}", "red"), highlight=False, soft_wrap=True)
-        self.err.print(f"  help:  this is a bug in lorakit; the traceback is in {where}", markup=False)
+        help = f"  help:  this is a bug in lorakit; the traceback is in {where}"
+        self.err.print(help, markup=False, highlight=False, soft_wrap=True)
         if self.json:
             self._document({"error": {"id": BUG_ID, "message": summary}}, BUG_EXIT_CODE)
 
@@ -182,6 +188,9 @@ class Screen:
             "line": where.line if where else None,
             "column": where.column if where else None,
         }
+
+    def _traceback(self, error: BaseException) -> str:
+        return self._clean("".join(traceback.format_exception(error)))
 
     def _clean(self, text: str) -> str:
         return redact(text, environment.all_variables())
@@ -212,8 +221,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         try:
             function(screen, **arguments)
         except LorakitError as error:
-            if debug:
-                screen.err.print(escape("".join(traceback.format_exception(error))), highlight=False)
+            screen.trace(error)
             screen.fail(error)
             raise typer.Exit(error.exit_code) from None
         except (typer.Exit, typer.Abort, KeyboardInterrupt):
@@ -223,8 +231,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
         except Exception as error:
-            if debug:
-                screen.err.print(escape("".join(traceback.format_exception(error))), highlight=False)
+            screen.trace(error)
             screen.fail_unforeseen(error)
             raise typer.Exit(BUG_EXIT_CODE) from None
 

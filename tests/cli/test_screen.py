@@ -1,0 +1,144 @@
+"""What every command does alike: streams, JSON, warnings, errors and exit codes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from lorakit.cli.screen import Screen, command
+from lorakit.errors import BadInput, CheckFailed, EnvironmentLacks, Notice, Place, RecipeError, RunFailed
+
+runner = CliRunner()
+SECRET = "hf_" + "a" * 30
+
+ERRORS = [
+    CheckFailed("check.gate-missed", "missed"),
+    BadInput("usage", "wrong", where=Place("a.yaml", 3, 5), help="do this"),
+    RunFailed("run.not-finite", "NaN"),
+    EnvironmentLacks("env.offline", "no network"),
+]
+
+
+def app_that(act: Any) -> typer.Typer:
+    app = typer.Typer(pretty_exceptions_enable=False)
+
+    @app.command()
+    @command
+    def work(screen: Screen) -> None:
+        act(screen)
+
+    return app
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def fail_with(error: Exception) -> Any:
+    def act(_: Screen) -> None:
+        raise error
+
+    return act
+
+
+def test_the_result_goes_to_stdout_and_everything_else_to_stderr() -> None:
+    def act(screen: Screen) -> None:
+        screen.say("working")
+        screen.notice(Notice("data.dropped", "3 rows"))
+        screen.result("the result", {"rows": 3})
+
+    ended = runner.invoke(app_that(act))
+    assert ended.stdout == "the result\n"
+    assert ended.stderr == "working\nwarning[data.dropped]: 3 rows\n"
+    ended = runner.invoke(app_that(act), ["--json", "--quiet"])
+    document = json.loads(ended.stdout)
+    assert document["schema"] == "lorakit.work/1"
+    assert document["ok"]
+    assert document["rows"] == 3
+    assert document["warnings"] == [{"id": "data.dropped", "message": "3 rows"}]
+    assert "working" not in ended.stderr
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: str(error.id))
+def test_an_error_is_one_message_with_its_exit_code(error: Any) -> None:
+    ended = runner.invoke(app_that(fail_with(error)))
+    assert ended.exit_code == error.exit_code
+    assert ended.stdout == ""
+    assert ended.stderr.startswith(f"error[{error.id}]: {error.message}\n")
+    assert "Traceback" not in ended.stderr
+    assert (f"where: {error.where}" in ended.stderr) is (error.where is not None)
+    ended = runner.invoke(app_that(fail_with(error)), ["--json"])
+    document = json.loads(ended.stdout)
+    assert document["exit"] == error.exit_code
+    assert not document["ok"]
+    assert document["error"]["id"] == error.id
+    assert document["error"]["hint"] == error.help
+
+
+def test_a_recipe_shows_all_its_problems_sorted_by_line() -> None:
+    problems = [
+        BadInput("recipe.unknown-key", "train.lr: unknown key", where=Place("r.yaml", 9, 3)),
+        BadInput("recipe.wrong-type", "seed: expected an integer", where=Place("r.yaml", 2, 7)),
+    ]
+    ended = runner.invoke(app_that(fail_with(RecipeError(problems))), ["--json"])
+    assert ended.exit_code == 2
+    assert ended.stderr.splitlines() == [
+        "r.yaml:2:7: seed: expected an integer",
+        "r.yaml:9:3: train.lr: unknown key",
+    ]
+    document = json.loads(ended.stdout)
+    assert [one["line"] for one in document["errors"]] == [2, 9]
+    assert document["error"] == document["errors"][0]
+
+
+def test_what_nobody_foresaw_is_one_line_and_a_crash_file_for_the_user_alone(tmp_path: Path) -> None:
+    ended = runner.invoke(app_that(fail_with(ZeroDivisionError("by zero"))))
+    assert ended.exit_code == 70
+    assert "Traceback" not in ended.stderr
+    assert "ZeroDivisionError: by zero" in ended.stderr
+    (crash,) = tmp_path.glob("lorakit-crash-*.txt")
+    assert "Traceback" in crash.read_text()
+    assert crash.stat().st_mode & 0o777 == 0o600
+
+
+def test_debug_shows_the_traceback() -> None:
+    ended = runner.invoke(app_that(fail_with(BadInput("usage", "wrong"))), ["--debug"])
+    assert ended.exit_code == 2
+    assert "Traceback" in ended.stderr
+
+
+def test_strict_turns_a_warning_into_an_error() -> None:
+    act = lambda screen: screen.notice(Notice("data.dropped", "3 rows"))  # noqa: E731
+    assert runner.invoke(app_that(act)).exit_code == 0
+    ended = runner.invoke(app_that(act), ["--strict"])
+    assert ended.exit_code == 1
+    assert "--strict: 3 rows" in ended.stderr
+
+
+def test_secrets_never_reach_a_stream_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_API_KEY", "correct-horse-battery")
+
+    def act(screen: Screen) -> None:
+        screen.log_to(tmp_path / "log.txt")
+        screen.say(f"token {SECRET} and correct-horse-battery")
+        raise RuntimeError(f"sent {SECRET} with correct-horse-battery")
+
+    ended = runner.invoke(app_that(act), ["--json", "--debug"])
+    written = ended.stdout + ended.stderr + "".join(path.read_text() for path in tmp_path.iterdir())
+    assert SECRET not in written
+    assert "correct-horse-battery" not in written
+
+
+def test_no_escape_codes_off_a_terminal_and_markup_is_only_text() -> None:
+    def act(screen: Screen) -> None:
+        screen.notice(Notice("data.dropped", "[bold red]text[/]"))
+        screen.result("[link=x]text[/link]", {})
+
+    ended = runner.invoke(app_that(act))
+    assert "\x1b" not in ended.stdout + ended.stderr
+    assert "[bold red]text[/]" in ended.stderr
+    assert ended.stdout == "[link=x]text[/link]\n"

@@ -1,0 +1,85 @@
+"""Signals, dtypes and memory of the machine, and sums over real processes."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lorakit.errors import EnvironmentLacks
+from lorakit.runtime import Runtime, Stop, available_bytes, best_dtype, resolve_dtype, usable_cores
+
+CPU = torch.device("cpu")
+
+
+def test_the_first_signal_sets_the_flag_and_handlers_come_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    stop = Stop()
+    try:
+        assert not stop.requested
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested
+        assert stop.signal is signal.SIGTERM
+    finally:
+        stop.release()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_second_signal_ends_the_process_by_that_signal() -> None:
+    program = (
+        "import os, signal; from lorakit.runtime import Stop; stop = Stop();"
+        "os.kill(os.getpid(), signal.SIGINT); print('first', flush=True);"
+        "os.kill(os.getpid(), signal.SIGINT); print('second', flush=True)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.stdout == "first\n"
+    assert ended.returncode == -signal.SIGINT
+
+
+def test_one_process_is_the_sum_of_itself() -> None:
+    alone = Runtime(CPU)
+    tensor = torch.arange(3.0)
+    assert torch.equal(alone.sum(tensor), torch.arange(3.0))
+    assert alone.any(True)
+    assert not alone.any(False)
+    assert alone.is_main
+    assert alone.peak_bytes() >= alone.used_bytes() * 0.5 > 0
+    assert 0 < alone.free_bytes() == pytest.approx(available_bytes(), rel=0.2)
+
+
+def test_dropout_is_a_function_of_seed_step_and_process() -> None:
+    def drawn(seed: int, step: int, process: int = 0) -> torch.Tensor:
+        Runtime(CPU, process, 2).seed_step(seed, step)
+        return torch.rand(4)
+
+    assert torch.equal(drawn(1, 5), drawn(1, 5))
+    others = [drawn(1, 6), drawn(2, 5), drawn(1, 5, process=1)]
+    assert not any(torch.equal(drawn(1, 5), other) for other in others)
+
+
+def test_dtypes_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_dtype("fp32", CPU) is torch.float32
+    assert resolve_dtype("bf16", CPU) is torch.bfloat16
+    assert resolve_dtype("auto", CPU) is best_dtype(CPU)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert best_dtype(CPU) is torch.float32
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _=None: "Tesla T4")
+    assert resolve_dtype("auto", torch.device("cuda")) is torch.float16
+    with pytest.raises(EnvironmentLacks, match=r"Tesla T4 \(sm_75\) has no native bf16"):
+        resolve_dtype("bf16", torch.device("cuda"))
+
+
+def test_cores_are_those_this_process_may_use() -> None:
+    assert 1 <= usable_cores() <= (os.cpu_count() or 1)
+
+
+@pytest.mark.slow  # starts Python three times
+def test_a_launched_command_hands_its_exit_code_on() -> None:
+    program = "import sys; from lorakit.runtime import launch; sys.exit(launch(['no-such-command'], 2))"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert "No such command" in ended.stderr
