@@ -16,6 +16,7 @@ from lorakit.storage.redact import printable
 
 _PLAIN = re.compile(r"[A-Za-z_./][A-Za-z0-9_./@+-]*")
 _LONGEST_KEY = 1000  # YAML looks for the colon of a simple key 1,024 characters ahead
+_SOURCES = {("data", "train"), ("data", "eval"), ("eval", "data")}
 _BRACED = {("output_dir",), ("merge", "out")}
 
 
@@ -50,14 +51,19 @@ class _Writer:
         if len(head) > _LONGEST_KEY:
             yield f"? {_text(key)}"
             head = ":"
+        if path in _SOURCES and isinstance(value, list | tuple):
+            value = [_short(source) for source in value]
+            value = value[0] if len(value) == 1 and isinstance(value[0], str) else value
         if isinstance(value, dict) and value:
             yield head
             yield from (f"  {line}" for line in self.mapping(value, path))
-        elif isinstance(value, list | tuple) and any(isinstance(item, dict) for item in value):
+        elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
             yield head + self.comment(path)
             for index, item in enumerate(value):
+                below = (*path, index)
+                is_text = isinstance(item, str)
+                lines = [self.inline(item, below)] if is_text else self.mapping(item, below)
                 signs = chain(["  - "], repeat("    "))
-                lines = self.mapping(_without_defaults(item), (*path, index))
                 yield from (sign + line for sign, line in zip(signs, lines, strict=False))
         else:
             yield f"{head} {self.inline(value, path)}{self.comment(path)}"
@@ -85,13 +91,15 @@ class _Writer:
         return f"  # {printable(str(place), 500)}"
 
 
-def _without_defaults(source: dict[str, Any]) -> dict[str, Any]:
+def _short(source: dict[str, Any]) -> dict[str, Any] | str:
+    """Leave out the defaults of a source: many of them would bury what differs."""
     fields = Source.model_fields
-    return {
+    said = {
         key: value
         for key, value in source.items()
         if value != fields[key].get_default(call_default_factory=True)
     }
+    return said["path"] if set(said) == {"path"} else said
 
 
 def _text(text: str) -> str:

@@ -99,7 +99,7 @@ def test_comments_name_who_changed_a_key(tmp_path: Path) -> None:
 def test_without_defaults_only_what_was_said(tmp_path: Path) -> None:
     text = dump(read_text(tmp_path, MINIMAL), defaults=False)
     keys = [line.split(":")[0].strip(" -") for line in text.splitlines()[1:]]
-    assert keys == "model path adapter method data train path merge out output_dir".split()
+    assert keys == "model path adapter method data train merge out output_dir".split()
 
 
 def test_a_key_longer_than_yaml_looks_ahead(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from lorakit.errors import Place, RecipeError
 from lorakit.recipe.yaml_nodes import Node, dotted, parse, resolve
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**99), 10**99) | st.floats(allow_nan=False)
+    st.none() | st.booleans() | st.integers(-(10**98), 10**98) | st.floats(allow_nan=False)
     | st.text(st.characters(codec="utf-8", exclude_characters="\0")),
     lambda inner: st.lists(inner, max_size=4)
     | st.dictionaries(st.text("abc\n:# é", max_size=8), inner, max_size=4),
