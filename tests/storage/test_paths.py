@@ -132,6 +132,18 @@ def test_nothing_but_a_regular_file_is_read(tmp_path: Path) -> None:
         open_regular(tmp_path / "directory", "recipe")
 
 
+def test_a_file_that_turns_into_a_fifo_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("x")
+    os.mkfifo(tmp_path / "fifo")
+    regular = os.stat(tmp_path / "file")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", lambda path, **_: regular)
+        with pytest.raises(BadInput, match="FIFO"):
+            open_regular(tmp_path / "fifo", "data")
+
+
 def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("{}")
     with pytest.raises(BadInput) as caught:

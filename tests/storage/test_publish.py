@@ -148,6 +148,21 @@ def test_everything_is_synced_before_the_rename_and_the_parent_after(tmp_path: P
     assert {name for name, _ in log[rename + 1 :]} <= {"open", "fsync", "unlink"}
 
 
+def test_a_file_is_synced_before_its_rename_and_the_folder_after(tmp_path: Path) -> None:
+    log = calls(lambda: publish_file(tmp_path / "run.json", b"x"))
+    names = [name for name, _ in log if name not in ("open", "unlink")]
+    assert names == ["pwrite", "fsync", "rename", "fsync"]
+    assert log[-2] == ("fsync", str(tmp_path))
+
+
+def test_a_folder_is_deleted_after_it_was_durably_moved_aside(tmp_path: Path) -> None:
+    put(tmp_path / "step", OLD)
+    log = calls(lambda: remove_folder(tmp_path / "step"))
+    names = [name for name, _ in log if name != "open"]
+    assert names[:2] == ["rename", "fsync"]
+    assert set(names[2:]) == {"unlink", "rmdir"}
+
+
 def test_an_exception_removes_what_was_begun(tmp_path: Path) -> None:
     def fail(error: BaseException) -> None:
         with publish_folder(tmp_path / "out") as folder:
@@ -275,9 +290,14 @@ def test_too_little_space_is_said_before_anything_is_written(
 
 def test_of_two_publications_of_one_target_the_later_is_refused(tmp_path: Path) -> None:
     target = tmp_path / "out"
-    with pytest.raises(BadInput) as caught, publish_folder(target) as later:
-        write(later, NEW)
-        put(target, OLD, replace=False)
+
+    def put_both() -> None:
+        with publish_folder(target) as later:
+            write(later, NEW)
+            put(target, OLD, replace=False)
+
+    with pytest.raises(BadInput) as caught:
+        put_both()
     assert caught.value.id == "output.not-empty"
     assert version(target) == "old"
     assert not beside(tmp_path)

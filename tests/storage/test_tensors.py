@@ -20,7 +20,7 @@ from lorakit.storage import header
 from lorakit.storage.hashing import sha256_file
 from lorakit.storage.header import layout, read_header
 from lorakit.storage.tensors import DTYPES, TensorFile, TensorWriter, write_tensors
-from tests.storage.kills import refusals
+from tests.storage.kills import calls, refusals
 
 NAMES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8).filter(
     lambda n: n != "__metadata__"
@@ -456,6 +456,11 @@ def test_a_full_disk_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(RunFailed, match="4,096 bytes available"):
         write_tensors(tmp_path / "x", tensors)
     assert os.listdir(tmp_path) == []
+
+
+def test_the_header_is_written_last_and_then_all_is_synced(tmp_path: Path) -> None:
+    log = calls(lambda: write_tensors(tmp_path / "x", {"x": torch.ones(3), "y": torch.ones(2)}))
+    assert [name for name, _ in log] == ["open", "pwrite", "pwrite", "pwrite", "fsync"]
 
 
 def test_modes_follow_the_umask_and_nothing_is_overwritten(tmp_path: Path) -> None:
