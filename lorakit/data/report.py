@@ -97,7 +97,7 @@ class Report:
         }
 
     def lines(self) -> list[str]:
-        """Return the report for people, two lines a set."""
+        """Return the report for people, three lines a set."""
         sets = {"train": self.train, "eval": self.eval}
         return [line for name, counts in sets.items() if counts for line in _lines(name, counts)]
 
@@ -112,4 +112,6 @@ def _lines(name: str, counts: Counts) -> list[str]:
         f"{counts.trained / counts.tokens:.0%} trained",
         f"  tokens a row: mean {mean:,.0f}, half below {half:,}, 99 % below {most:,}, "
         f"longest {counts.longest:,}",
+        f"  {counts.ends_in_stop:,} end in a trained stop token, {counts.duplicates:,} duplicates; "
+        f"padding would be {counts.padding:.0%}, dense packs are {counts.packing_fill:.0%} full",
     ]

@@ -20,7 +20,8 @@ LLAMA3_WORDS = (
 )
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}"
-    "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] + '<|eot_id|>' }}"
+    "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
+    "{{ m['content'] + '<|eot_id|>' }}"
     "{% endfor %}{% if add_generation_prompt %}"
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
@@ -34,6 +35,14 @@ STRIPPING = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + (m['content'] | trim) }}"
     "{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+# As reasoning models do: earlier answers lose what the last one shows.
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}"
+    "{{ m.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
@@ -65,7 +74,7 @@ def ask(prompt: str, completion: str) -> dict[str, str]:
 
 
 def byte_level(specials: list[str], template: str | None, **names: str) -> PreTrainedTokenizerFast:
-    """Return a byte-level tokenizer with these special tokens; one called bos_token is put first."""
+    """Return a byte-level tokenizer with these special tokens; a bos_token is put first."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [
         ("t", "h"),
@@ -88,7 +97,7 @@ def byte_level(specials: list[str], template: str | None, **names: str) -> PreTr
 
 
 def sentencepiece_like(template: str | None, *, legacy: bool) -> PreTrainedTokenizerFast:
-    """Return a tokenizer that marks word starts with a block and falls back to bytes, as Llama 2's."""
+    """Return a tokenizer that marks word starts and falls back to bytes, as Llama 2's does."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
     pieces += [chr(code) for code in range(33, 127)]
     merges = [

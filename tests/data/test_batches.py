@@ -64,7 +64,7 @@ def _expected(weights: list[float]) -> Counter[float]:
     )
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(keys=_settings())
 def test_every_row_as_often_as_its_weight_in_every_epoch(keys: dict[str, Any]) -> None:
     steps = Steps(**keys)
@@ -84,7 +84,7 @@ def test_every_row_as_often_as_its_weight_in_every_epoch(keys: dict[str, Any]) -
         assert found == _expected(weights)
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(keys=_settings())
 def test_steps_are_as_many_as_planned(keys: dict[str, Any]) -> None:
     steps = Steps(**keys)
@@ -103,7 +103,7 @@ def test_steps_are_as_many_as_planned(keys: dict[str, Any]) -> None:
         assert all(n == size for k, n in enumerate(sizes, 1) if k % steps.per_epoch)
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(keys=_settings(), processes=st.integers(1, 5))
 def test_processes_share_the_same_micro_batches(keys: dict[str, Any], processes: int) -> None:
     alone = Steps(**keys)

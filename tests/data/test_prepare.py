@@ -15,6 +15,7 @@ from lorakit.data.tokens import MASKED
 from lorakit.errors import BadInput, Interrupted, Place
 from lorakit.recipe.sections import Source
 from tests.data.given import (
+    THINKING,
     ask,
     base_tokenizer,
     prepared,
@@ -110,13 +111,6 @@ def test_context(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="max_length 65 > the model's 64 positions") as caught:
         prepared(section(path, max_length=65), context=64)
     assert caught.value.id == "model.context-too-short"
-
-
-THINKING = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}{{ m.content }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def test_rows_whose_mask_is_hidden_by_the_template(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from lorakit.data.tokens import MASKED, Encoded, Encoder
 from lorakit.errors import BadInput
 from tests.data.given import (
     MISTRAL,
+    THINKING,
     base_tokenizer,
     byte_level,
     llama3_like,
@@ -110,7 +111,7 @@ def _merged(spans: Spans) -> Spans:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_mask_is_the_answers_and_their_end(family: str, data: st.DataObject) -> None:
     tokenizer, oracle = FAMILIES[family]
@@ -233,13 +234,6 @@ def test_system_is_added_where_there_is_none() -> None:
     assert text.startswith("<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\na")
     own = [Message("system", "own"), *messages]
     assert "be brief" not in tokenizer.decode(_encoded(tokenizer, own, system="be brief").ids)
-
-
-THINKING = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}{{ m.content }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def test_a_template_that_changes_earlier_turns() -> None:

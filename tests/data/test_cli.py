@@ -1,0 +1,93 @@
+"""`lorakit data` on a tiny model: what people and programs see."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from lorakit.cli.data import app
+from tests.data.given import ask, rows_file
+from tests.tiny import write_tiny_model
+
+ROWS = [ask("the\x1b[31m capital?", "paris."), ask("b?", "B"), ask("c? " * 40, "C")]
+ANSWER = "⟦paris.<|im_end|>⟧⏎"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, model: Path) -> Path:
+    rows_file(tmp_path, ROWS)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"model: {model}\ndata: {{train: rows.jsonl, eval: rows.jsonl}}\n")
+    return path
+
+
+def _run(*arguments: Any) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_preview_brackets_what_is_trained(recipe: Path) -> None:
+    result = _run("preview", recipe, "-n", 1, "--ids")
+    assert result.exit_code == 0, result.stderr
+    assert ANSWER in result.stdout
+    assert "\x1b" not in result.stdout
+    assert "\\x1b[31m" in result.stdout
+    assert "4 trained, ends in a trained stop token" in result.stdout
+    assert f"{recipe.parent / 'rows.jsonl'}:1" in result.stdout
+    assert "rows.jsonl:2" not in result.stdout
+    assert "ids: 1 " in result.stdout
+
+
+def test_preview_colours_what_is_trained(recipe: Path) -> None:
+    shown = _run("preview", recipe, "-n", 1, "--color", "always").stdout
+    assert "⟦" not in shown
+    assert "\x1b[32mparis." in shown
+    assert "\x1b[7;32m<|im_end|>" in shown
+    assert "\x1b[2;7m<|im_start|>" in shown
+
+
+def test_preview_as_json(recipe: Path) -> None:
+    keys = ("--index", 2, "--split", "eval", "--json", "--set", "data.max_length=40")
+    document = json.loads(_run("preview", recipe, *keys).stdout)
+    (sample,) = document["samples"]
+    assert sample["line"] == 3
+    assert len(sample["ids"]) == len(sample["labels"]) > sample["kept"] == 40
+    assert sample["trained"] == 0
+    assert not sample["ends_in_stop"]
+    assert sample["text"].endswith("C<|im_end|>\n")
+
+
+def test_preview_beyond_the_last_row(recipe: Path) -> None:
+    result = _run("preview", recipe, "--index", 3)
+    assert result.exit_code == 2
+    assert "3 rows" in result.stderr
+
+
+def test_stats(recipe: Path) -> None:
+    result = _run("stats", recipe)
+    assert result.exit_code == 0, result.stderr
+    assert "train  3 of 3 rows" in result.stdout
+    facts = json.loads(_run("stats", recipe, "--json").stdout)
+    assert facts["train"]["rows"] == facts["overlap"] == 3
+    assert facts["train"]["percentiles"]["p99"] == facts["train"]["longest"]
+
+
+def test_check(recipe: Path) -> None:
+    found = _run("check", recipe, "--json")
+    assert found.exit_code == 1
+    document = json.loads(found.stdout)
+    assert (document["ok"], document["exit"]) == (False, 1)
+    assert [one["id"] for one in document["findings"]] == ["data.overlap"]
+    shown = _run("check", recipe)
+    assert shown.exit_code == 1
+    assert shown.stdout.startswith("no  data.overlap")
+    assert "error[check.data]" in shown.stderr
+    clean = _run("check", recipe, "--set", "data.eval=null")
+    assert clean.exit_code == 0
+    assert clean.stdout == "ok  nothing found\n"
