@@ -91,11 +91,14 @@ def _common(
     }
     if isinstance(method.settings, SiteSettings):
         copies = [layer for layer in layers_of(model) if isinstance(layer, Copy)]
-        owners = {layer.weight: layer.name for layer in reversed(copies)}
-        tied = any(site.tied for site in sites) or len(owners) < len(copies)
+        tied = any(site.tied for site in sites)
+        tied = tied or len({layer.weight for layer in copies}) < len(copies)
+        # Both ends of a tie are named: PEFT sees a tie only where it knows one of the two names.
         common |= {
-            "target_modules": sorted(site.name for site in sites),
-            "modules_to_save": sorted(owners.values()) or None,
+            "target_modules": sorted(
+                end for site in sites for end in (site.name, site.tied) if end
+            ),
+            "modules_to_save": sorted(layer.name for layer in copies) or None,
             **({"ensure_weight_tying": True} if tied else {}),
         }
     return common

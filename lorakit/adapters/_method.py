@@ -25,7 +25,9 @@ Targets = (
 Layers = (
     Literal["all"]
     | Annotated[str, Field(pattern=r"^[0-9]+-[0-9]+$")]
-    | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+    | Annotated[
+        tuple[Annotated[int, Field(ge=0, strict=True)], ...], Field(min_length=1, strict=False)
+    ]
 )
 
 

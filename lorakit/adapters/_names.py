@@ -67,13 +67,27 @@ class Names:
             extra += [self.keys[_join(module, part)] for part in parts if part not in whole]
         extra += [key for module, key in self.base_copies.items() if module not in self.parts]
         if issubclass(method.Settings, SiteSettings):
-            missing += _unmatched(config, "target_modules", list(self.parts))
+            missing += self._unmatched(config)
             extra += self._not_meant(config)
-        missing += _unmatched(config, "modules_to_save", list(self.copies))
         if missing:
             raise missing_tensors(missing, where)
         if extra:
             raise unexpected_tensors(extra, where)
+
+    def _unmatched(self, config: PeftConfig) -> list[str]:
+        """Return the entries of lists that no tensor belongs to; a pattern is judged elsewhere.
+
+        Raises:
+            BadInput: `adapter.bad-setting` when there are no targets.
+        """
+        targets, modules = config.values.get("target_modules"), [*self.parts, *self.copies]
+        if not targets:
+            raise config.wrong("target_modules", f"expected names, found {shown(targets)}")
+        entries = [] if isinstance(targets, str) else config.names("target_modules")
+        excluded = config.named("exclude_modules", entries)
+        wanted = [(entry, modules) for entry in entries if entry not in excluded]
+        wanted += [(entry, list(self.copies)) for entry in config.names("modules_to_save")]
+        return [f"any of `{printable(entry)}`" for entry, of in wanted if not matching(entry, of)]
 
     def _not_meant(self, config: PeftConfig) -> list[str]:
         """Return the tensors of modules that the settings do not name."""
@@ -120,21 +134,6 @@ def _split(name: str, parts: Iterable[str]) -> tuple[str, str]:
 
 def _join(module: str, part: str) -> str:
     return f"{module}.{part}" if module else part
-
-
-def _unmatched(config: PeftConfig, key: str, modules: Sequence[str]) -> list[str]:
-    """Return the entries of a list that no tensor belongs to; one pattern is judged elsewhere.
-
-    Raises:
-        BadInput: `adapter.bad-setting` when there are no targets.
-    """
-    value = config.values.get(key)
-    if isinstance(value, str):
-        return []
-    if not value and key == "target_modules":
-        raise config.wrong(key, f"expected names of modules, found {shown(value)}")
-    entries = [entry for entry in config.names(key) if not matching(entry, modules)]
-    return [f"any of `{printable(entry)}` in {key}" for entry in entries]
 
 
 def _first_expected(method: type[Method], config: PeftConfig) -> list[str]:

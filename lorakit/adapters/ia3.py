@@ -1,4 +1,4 @@
-"""(IA)³: one trained factor per output of keys and values and per input of the last MLP layer.
+"""(IA)³: a trained factor per output of keys and values, and per input of the MLP's last layer.
 
 Keys and values: y = l ⊙ base(x), l (outputs, 1). Feed-forward: y = base(l ⊙ x), l (1, inputs). l
 starts at one. Merged, l multiplies the rows of W and the bias, or the columns of W alone.
@@ -46,14 +46,14 @@ class Ia3Settings(SiteSettings):
         """Return the sites that these settings name."""
         if self.target_modules is not None:
             return super().choose(candidates)
-        names = tuple(site.name for site in candidates if site.role in OUTPUTS | FEEDFORWARD)
-        if not names:
+        known = [site for site in candidates if site.role in OUTPUTS | FEEDFORWARD]
+        if not known:
             raise BadInput(
                 "target.no-match",
                 "no module is known to compute keys, values or the end of an MLP",
                 help="name adapter.target_modules and adapter.feedforward_modules",
             )
-        return match(candidates, names, self.exclude_modules, self.layers)
+        return match(known, "all-linear", self.exclude_modules, self.layers)
 
 
 class Ia3Layer(Layer):

@@ -236,11 +236,9 @@ def _check_ranks(config: PeftConfig, found: Found, rank: int, ranks: Mapping[str
     module, name, expected, shape = wrong[0]
     if module not in ranks and not right:
         raise config.wrong("r", f"{rank}, but {name} has the shape {shape}")
-    raise BadInput(
-        "adapter.shape-mismatch",
-        f"{name}: expected {(expected, *shape[1:])} by its rank, found {shape}",
-        where=config.path,
-    )
+    turned = shape[::-1] if shape[-1:] == (expected,) else (expected, *shape[1:])
+    message = f"{name}: expected {turned} by its rank, found {shape}"
+    raise BadInput("adapter.shape-mismatch", message, where=config.path)
 
 
 def _whole(number: float) -> float | int:

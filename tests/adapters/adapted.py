@@ -42,7 +42,9 @@ def put_on(model: PreTrainedModel, name: str, *, seed: int = 0, **settings: Any)
     return model, method, sites
 
 
-def adapted(family: str, name: str, *, seed: int = 0, base_seed: int = 0, **settings: Any) -> Triple:
+def adapted(
+    family: str, name: str, *, seed: int = 0, base_seed: int = 0, **settings: Any
+) -> Triple:
     """Return a tiny model with a fresh adapter."""
     return put_on(tiny_model(family, seed=base_seed), name, seed=seed, **settings)
 
@@ -96,4 +98,4 @@ def scramble(model: PreTrainedModel, method: Method, seed: int = 1, size: float 
 
 def distance(one: Tensor, other: Tensor) -> float:
     """Return the relative L2 distance."""
-    return float((one - other).double().norm() / other.double().norm())
+    return ((one - other).double().norm() / other.double().norm()).item()

@@ -8,7 +8,17 @@ import torch
 from lorakit import adapters
 from lorakit.errors import BadInput
 from lorakit.model.sites import find_sites
-from tests.adapters.adapted import SMALL, adapted, distance, logits, loss, method_of, put_on, scramble, train
+from tests.adapters.adapted import (
+    SMALL,
+    adapted,
+    distance,
+    logits,
+    loss,
+    method_of,
+    put_on,
+    scramble,
+    train,
+)
 from tests.tiny import FAMILIES, tiny_model
 
 METHODS = adapters.names()
@@ -39,7 +49,9 @@ def digest(model):
     found = hashlib.sha256()
     for path, tensor in model.named_parameters():
         if id(tensor) not in own:
-            found.update(path.encode() + tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+            found.update(
+                path.encode() + tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+            )
             assert not tensor.requires_grad
             assert tensor.grad is None
     return found.hexdigest()
@@ -146,11 +158,15 @@ def merge_into(model, path, layer):
         ]
     for name, tensor in usual.items():
         assert torch.equal(tensor, before[name]), "merged() changed what it was given"
-        assert whole[name].dtype == torch.promote_types(tensor.dtype, torch.float32) or name == "bias"
+        assert (
+            whole[name].dtype == torch.promote_types(tensor.dtype, torch.float32) or name == "bias"
+        )
         together = torch.cat([piece[name] for piece in pieces])
         assert distance(together, whole[name]) <= 1e-6
         rounded = whole[name].detach().to(tensor.dtype)
-        module.get_parameter(name).data.copy_(rounded.t() if flipped and name == "weight" else rounded)
+        module.get_parameter(name).data.copy_(
+            rounded.t() if flipped and name == "weight" else rounded
+        )
 
 
 @pytest.mark.parametrize("name", OF_SITES)
