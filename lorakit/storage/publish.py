@@ -44,7 +44,7 @@ def publish_folder(
     with storage_errors(target, needed):
         _prepare(target, replace=replace)
         if needed is not None:
-            require_space(target.parent, needed)
+            require_space(target, needed)
         try:
             os.mkdir(temporary, 0o755)
             yield temporary

@@ -159,7 +159,7 @@ class TensorWriter:
         self._hashed = len(self._header)  # bytes, from the start of the file
         self._finished = False
         with storage_errors(path, self.size):
-            require_space(path.parent, self.size)
+            require_space(path, self.size)
             self._descriptor = create(path)
 
     @property
