@@ -15,7 +15,7 @@ from lorakit.cli.screen import Screen, command
 from lorakit.errors import BadInput, RecipeError
 from lorakit.recipe import files, reference, schema
 from lorakit.recipe.layers import long_model
-from lorakit.recipe.reader import Settings, dump, read
+from lorakit.recipe.reader import Foreign, Settings, dump, read
 from lorakit.recipe.sections import Recipe
 from lorakit.recipe.yaml_nodes import parse
 from lorakit.storage.publish import publish_file
@@ -113,7 +113,7 @@ def recipes_validate(
     problems: list[BadInput] = []
     for name in recipes:
         try:
-            _read(name, adapters.settings_for)
+            _read(name, adapters.settings_for, adapters.foreign)
         except RecipeError as error:
             problems += error.problems
         except BadInput as error:
@@ -143,8 +143,8 @@ def recipes_schema(
         screen.result(text.removesuffix("\n"), {"json_schema": found})
 
 
-def _read(name: str, settings_for: Settings) -> Recipe:
-    return read(name, settings_for, environ=environment.all_variables())
+def _read(name: str, settings_for: Settings, foreign: Foreign = dict) -> Recipe:
+    return read(name, settings_for, environ=environment.all_variables(), foreign=foreign)
 
 
 def _description(recipe: Recipe) -> str:

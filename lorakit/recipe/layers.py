@@ -45,10 +45,9 @@ class Layers:
             raise BadInput("recipe.too-large", message, where=str(path))
         root, problems = parse(files.decode(data, path), str(path))
         self.problems += problems
-        entries = dict(_mapping(root, path))
+        place, entries = _mapping(root, path)
         extends = entries.pop("extends", None)
-        root = self.expand(replace(root or Node({}, Place("")), value=entries))
-        root = long_model(root)
+        root = long_model(self.expand(Node(entries, place)))
         if path.parent != self.folder:
             root = files.moved(root, path.parent, self.folder)
         for base in reversed(self._bases(extends, path, above)):
@@ -107,7 +106,9 @@ class Layers:
             return "${"
         if not name:
             help = "write $${ for a literal ${"
-            wrong.append(problem("unset-variable", keys, "no name between ${ and }", place, help))
+            wrong.append(
+                problem("unset-variable", keys, "this '${' begins no ${NAME}", place, help)
+            )
         elif is_secret(name):
             help = "a recipe holds no secrets; lorakit reads HF_TOKEN from the environment itself"
             sentence = f"${{{name}}} is named like a secret: not expanded"
@@ -141,12 +142,12 @@ def long_model(root: Node) -> Node:
     return replace(root, value={**root.value, "model": long})
 
 
-def _mapping(root: Node | None, path: Path) -> dict[str, Node]:
+def _mapping(root: Node | None, path: Path) -> tuple[Place, dict[str, Node]]:
     if root is None:
         message = "the recipe is empty; it needs the keys model and data"
         raise RecipeError([BadInput("recipe.empty", message, where=str(path))])
     if isinstance(root.value, dict):
-        return root.value
+        return root.place, dict(root.value)
     kind = {str: "text", bool: "a boolean", list: "a list"}.get(type(root.value), "a number")
     message = f"a recipe is a mapping of keys to values, found {kind}"
     raise RecipeError([BadInput("recipe.not-a-mapping", message, where=root.place)])

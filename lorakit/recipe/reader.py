@@ -8,15 +8,16 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from lorakit.errors import BadInput, RecipeError
-from lorakit.recipe import files, overrides, rules
+from lorakit.recipe import files, rules
 from lorakit.recipe.dump import dump
 from lorakit.recipe.expected import shown
 from lorakit.recipe.layers import Layers
+from lorakit.recipe.overrides import apply
 from lorakit.recipe.problems import Names, explain
 from lorakit.recipe.sections import DEFAULT_METHOD, Adapter, Origin, Recipe, Section
 from lorakit.recipe.yaml_nodes import Node, dotted, problem
 
-__all__ = ["Settings", "dump", "read"]
+__all__ = ["Foreign", "Settings", "dump", "read"]
 
 Settings = Callable[[str], type[Adapter]]
 Foreign = Callable[[], Mapping[str, str]]
@@ -26,7 +27,7 @@ S = TypeVar("S", bound=Section)
 def read(
     recipe: str | os.PathLike[str],
     settings_for: Settings,
-    sets: Sequence[str] = (),
+    overrides: Sequence[str] = (),
     *,
     environ: Mapping[str, str],
     foreign: Foreign = dict,
@@ -37,7 +38,7 @@ def read(
     Args:
         recipe: a path, else the name of a packaged recipe.
         settings_for: gives a method's settings; raises `adapter.unknown-method`.
-        sets: overrides, as given to `--set`.
+        overrides: PATH=VALUE, PATH+=VALUE or PATH-, as given to `--set`.
         environ: what `${VAR}` expands from.
         foreign: gives what other tools call the methods: their name, our words.
         today: what `{date}` means; now by default.
@@ -49,7 +50,7 @@ def read(
     path = files.locate(recipe)
     data = files.read_bytes(path)
     layers = Layers(path.parent, environ)
-    tree = overrides.apply(layers.load(path, data), sets, layers)
+    tree = apply(layers.load(path, data), overrides, layers)
     origin = Origin(path, data, {keys: node.at for keys, node in tree.walk()})
     found, problems = _validated(tree, settings_for, foreign)
     problems = layers.problems + problems

@@ -136,8 +136,8 @@ def test_a_variable_is_always_text(tmp_path: Path) -> None:
     ("text", "id", "words"),
     [
         ("${NOWHERE}", "recipe.unset-variable", "NOWHERE is not set $${NOWHERE}"),
-        ("${}", "recipe.unset-variable", "name $${"),
-        ("${a-b}", "recipe.unset-variable", "name"),
+        ("${}", "recipe.unset-variable", "NAME $${"),
+        ("${a-b}", "recipe.unset-variable", "NAME"),
         ("${HF_TOKEN}", "recipe.secret", "HF_TOKEN expanded"),
         ("${MY_API_KEY}", "recipe.secret", "MY_API_KEY"),
         ("${DB_PASSWORD}", "recipe.secret", "DB_PASSWORD"),
