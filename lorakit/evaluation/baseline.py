@@ -13,6 +13,12 @@ SCHEMA = "lorakit.baseline/1"
 FAMILY = "eval.baseline-mismatch"
 # Figures are comparable only over the same rows, compared in the same way.
 ALIKE = ("data_sha256", "normalize")
+KEPT = frozenset(
+    """
+    recipe_sha256 data_sha256 base_model base_revision adapter_sha256 normalize versions device
+    created
+    """.split()
+)
 DIGITS = 6
 
 
@@ -36,7 +42,7 @@ def read(path: Path, facts: Mapping[str, Any]) -> dict[str, float]:
 
 
 def write(path: Path, results: Results, facts: Mapping[str, Any]) -> None:
-    """Write the figures of this evaluation as a baseline; keys sorted, numbers rounded.
+    """Write the figures of this evaluation as a baseline: small differences, no paths.
 
     Raises:
         RunFailed: when the disk refuses.
@@ -46,9 +52,9 @@ def write(path: Path, results: Results, facts: Mapping[str, Any]) -> None:
         for name, one in results.main.metrics.items()
         if finite(one.value) is not None
     }
-    document = {"schema": SCHEMA, **facts, "metrics": metrics}
-    ordered = {key: document[key] for key in sorted(document)}
-    publish_file(path, dumps(ordered).encode(), replace=True)
+    kept = {key: value for key, value in facts.items() if key in KEPT}
+    document = {"schema": SCHEMA, **kept, "metrics": metrics}
+    publish_file(path, dumps(dict(sorted(document.items()))).encode(), replace=True)
 
 
 def _rounded(value: float) -> float | None:

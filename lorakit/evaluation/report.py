@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree
 
+from lorakit import __version__
 from lorakit.evaluation.gates import Judgement, shown, verdict
 from lorakit.evaluation.metrics import GENERATED
 from lorakit.evaluation.results import Results
@@ -36,6 +37,7 @@ class Report:
             "schema": "lorakit.eval/1",
             "ok": self.exit == 0,
             "exit": self.exit,
+            "lorakit_version": __version__,
             **self.facts,
             "metrics": self.results.facts(self.baseline),
             "gates": [_gate(one) for one in self.judgements],

@@ -1,5 +1,6 @@
 """Measure a model with its adapter on and off, in the same process, over the same batches."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from lorakit.evaluation.metrics import GENERATED, Tally, from_marks, from_scores
 from lorakit.evaluation.results import Measured, Results
 from lorakit.recipe.sections import Eval
 from lorakit.scoring import RowScore, score
+from lorakit.storage.strict_json import dumps_line
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,16 @@ class Task:
     def generates(self) -> bool:
         """Whether prompts are answered for any metric."""
         return bool(set(self.section.metrics) & GENERATED)
+
+    @property
+    def sha256(self) -> str:
+        """The digest of the rows: figures over other rows are not comparable."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            digest.update(example.ids.tobytes() + example.labels.tobytes())
+        for prompt in self.prompts:
+            digest.update(dumps_line([prompt.ids, prompt.reference]).encode())
+        return digest.hexdigest()
 
     @property
     def size(self) -> int:

@@ -72,7 +72,7 @@ def planned(saved: Saved, base: Base, out: Path, options: Options) -> Iterator[P
         BadInput: `output.is-input`, `output.not-empty`, `adapter.wrong-base` or
             `adapter.not-mergeable`.
     """
-    _check_output(out, [saved.folder, base.where], overwrite=options.overwrite)
+    check_output(out, [saved.folder, base.where], overwrite=options.overwrite)
     notice = check_base(saved, base)
     sites = find_sites(skeleton(base))
     layers = merge_layers(saved, sites)
@@ -119,11 +119,24 @@ def merge(
             "tensors": written.tensors,
             "adapted": written.adapted,
             "changed": written.changed,
-            "verify": {"files": {"ok": True}, "logits": _compared(plan, folder, runtime)},
+            "verify": {"ok": True, **_compared(plan, folder, runtime)},
         }
         with storage_errors(plan.out):
             (folder / REPORT).write_text(strict_json.dumps(report), encoding="utf-8")
     return report
+
+
+def verdict(report: Mapping[str, Any]) -> str:
+    """Say what a merge's checks found, in one line."""
+    found = report["verify"]
+    if "skipped" in found:
+        return f"files read back equal; logits not compared: {found['skipped']}"
+    agreeing = round(found["argmax_agreement"] * found["positions"])
+    return (
+        f"{found['prompts']} prompts: max logit difference {found['max_abs']:.2g} "
+        f"({found['relative_l2']:.1e} of the norm, {report['dtype']} bound {found['bound']:.1e}), "
+        f"argmax {agreeing}/{found['positions']}, distance to base {found['base_distance']:.3g}"
+    )
 
 
 def _compared(plan: Plan, folder: Path, runtime: Runtime) -> dict[str, Any]:
@@ -152,8 +165,12 @@ def _compared(plan: Plan, folder: Path, runtime: Runtime) -> dict[str, Any]:
     return found.facts()
 
 
-def _check_output(out: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
-    """Refuse to write over what is read, or over what is not a merge of ours."""
+def check_output(out: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
+    """Refuse to write over what is read, or over what is not a merge of ours.
+
+    Raises:
+        BadInput: `output.is-input` or `output.not-empty`.
+    """
     place = out.resolve()
     for path in inputs:
         if path.resolve().is_relative_to(place):

@@ -1,0 +1,153 @@
+"""`lorakit generate`: answers of an adapter, from the prompts that its training saw."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lorakit.cli.merge import BaseOption
+from lorakit.cli.screen import AllowRemoteCode, Screen, command, usage
+from lorakit.errors import BadInput, Place
+from lorakit.storage import strict_json
+from lorakit.storage.redact import printable
+from lorakit.storage.text import read_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lorakit.adapters import Saved
+    from lorakit.evaluation.generation import Generation
+    from lorakit.model.base import Base
+
+
+@command
+def generate(
+    screen: Screen,
+    adapter: Annotated[Path, typer.Argument(help="An adapter's folder, or a run's.")],
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; - reads it from stdin.")] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(help="Prompts, one a line; of a .jsonl file its field `prompt`."),
+    ] = None,
+    base: BaseOption = None,
+    system: Annotated[
+        str | None, typer.Option(help="A system message; else that of the training.")
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Show the base's answer too.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of the likeliest tokens to draw from.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+    allow_remote_code: AllowRemoteCode = False,
+) -> None:
+    """Answer prompts with an adapter; stdout carries the text alone."""
+    texts = _texts(prompt, prompt_file)
+
+    from lorakit import adapters
+    from lorakit.cli.finding import find_base
+    from lorakit.evaluation import generation, prompts
+    from lorakit.model.base import load
+    from lorakit.model.sites import find_sites
+    from lorakit.runtime import resolve_dtype, start
+
+    saved = adapters.read(adapter)
+    found = find_base(screen, saved, base, allow_remote_code=allow_remote_code)
+    screen.notice(
+        *saved.notices, *found.notices, *filter(None, [adapters.check_base(saved, found)])
+    )
+    tokenizer = _tokenizer(saved, found)
+    recipe = (saved.passport or {}).get("recipe", {})
+    asked, ends = prompts.encode(
+        texts,
+        tokenizer,
+        plain=_is_plain(recipe.get("data", {})),
+        system=recipe.get("data", {}).get("system") if system is None else system,
+        template_sha256=(saved.passport or {}).get("template_sha256"),
+        where=Place(str(saved.folder)),
+    )
+    device = start().device
+    dtype = resolve_dtype(recipe.get("model", {}).get("dtype", "auto"), device)
+    model = load(found, device=device, dtype=dtype)
+    adapters.attach_saved(saved, model, find_sites(model))
+    decoding = generation.Decoding(max_new_tokens, temperature, top_p, seed)
+    ids, stops = [one.ids for one in asked], ends | generation.stop_ids(model, tokenizer)
+    with screen.progress("Generating", len(asked) * (1 + compare)) as advance:
+        ours = generation.generate(model, tokenizer, ids, decoding, stops=stops, advance=advance)
+        theirs: list[Generation | None] = [None] * len(ours)
+        if compare:
+            with adapters.switched_off(model):
+                theirs[:] = generation.generate(
+                    model, tokenizer, ids, decoding, stops=stops, advance=advance
+                )
+    facts = [_facts(*one) for one in zip(texts, ours, theirs, strict=True)]
+    if screen.json:
+        screen.result("", facts[0] if prompt else {"generations": facts})
+    else:
+        # Not through rich, which would replace tabs and :names:.
+        typer.echo(_safe("\n\n".join(map(_told, facts)), terminal=screen.out.is_terminal))
+
+
+def _texts(prompt: str | None, file: Path | None) -> list[str]:
+    """Return the prompts that were given, in one of the three ways.
+
+    Raises:
+        BadInput: when there are none, or they come in two ways.
+    """
+    if (prompt is None) == (file is None):
+        raise usage("give a prompt, - for stdin, or --prompt-file")
+    if file is None:
+        return [sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt or ""]
+    if file.suffix == ".jsonl":
+        rows = list(strict_json.read_lines(file))
+        for line, row in rows:
+            if not isinstance(row.get("prompt"), str):
+                message = "expected a text in the field `prompt`"
+                raise BadInput("data.missing-field", message, where=Place(str(file), line))
+        return [row["prompt"] for _, row in rows]
+    texts = [line for line in read_text(file, "data").splitlines() if line.strip()]
+    if not texts:
+        raise BadInput("data.empty", "the file holds no prompts", where=str(file))
+    return texts
+
+
+def _tokenizer(saved: "Saved", base: "Base") -> "PreTrainedTokenizerBase":
+    """Return the tokenizer that lies beside the adapter, the base's where there is none."""
+    from lorakit.model.base import load_tokenizer
+    from lorakit.model.tokenizer import VOCABULARIES, read_tokenizer
+
+    if any((saved.folder / name).is_file() for name in VOCABULARIES):
+        return read_tokenizer(saved.folder, base.config, code_allowed=base.remote_code)
+    return load_tokenizer(base)
+
+
+def _is_plain(data: Mapping[str, Any]) -> bool:
+    """Tell whether the recipe trained on plain text, which knows no template."""
+    formats = {source.get("format") or data.get("format") for source in data.get("train", ())}
+    return formats == {"text"}
+
+
+def _facts(prompt: str, ours: "Generation", base: "Generation | None") -> dict[str, Any]:
+    return {
+        "prompt": prompt,
+        "text": ours.text,
+        "base_text": base.text if base else None,
+        "tokens": len(ours.tokens),
+        "stopped": ours.stopped,
+    }
+
+
+def _told(facts: Mapping[str, Any]) -> str:
+    if facts["base_text"] is None:
+        return str(facts["text"])
+    return f"adapter:\n{facts['text']}\n\nbase:\n{facts['base_text']}"
+
+
+def _safe(text: str, *, terminal: bool) -> str:
+    """Escape what could take over a terminal; a pipe gets the text as it is."""
+    if not terminal:
+        return text
+    return "\n".join(printable(line, 12 * len(line) + 1) for line in text.split("\n"))

@@ -1,0 +1,91 @@
+"""`lorakit merge`: adapter and base become an ordinary model folder, checked."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from lorakit.cli.screen import AllowRemoteCode, Screen, command, usage
+
+UNITS = {
+    "": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KIB": 1 << 10,
+    "MIB": 1 << 20,
+    "GIB": 1 << 30,
+}
+
+BaseOption = Annotated[
+    str | None,
+    typer.Option("--base", metavar="ID_OR_DIR", help="The base; else the one the adapter names."),
+]
+
+
+@command
+def merge(
+    screen: Screen,
+    adapter: Annotated[Path, typer.Argument(help="An adapter's folder, or a run's.")],
+    out: Annotated[Path, typer.Option("--out", help="Where the merged model goes.")],
+    base: BaseOption = None,
+    dtype: Annotated[
+        Literal["keep", "bf16", "fp16", "fp32"],
+        typer.Option("--dtype", help="Of the merged weights; keep: as the base's."),
+    ] = "keep",
+    verify: Annotated[
+        bool, typer.Option(help="Compare the logits with those of base and adapter.")
+    ] = True,
+    max_shard_size: Annotated[
+        str, typer.Option("--max-shard-size", help="Of one file, such as 5GB or 500MB.")
+    ] = "5GB",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier merge at --out.")
+    ] = False,
+    scale: Annotated[
+        float, typer.Option("--scale", help="How much of the adapter's change is merged.")
+    ] = 1.0,
+    allow_remote_code: AllowRemoteCode = False,
+) -> None:
+    """Merge an adapter into its base, one block of one tensor in memory at a time."""
+    from rich.text import Text
+
+    from lorakit import adapters
+    from lorakit.cli.finding import find_base
+    from lorakit.export import merge as merging
+    from lorakit.runtime import start
+    from lorakit.storage.disk import free_space
+
+    options = merging.Options(dtype, scale, _bytes(max_shard_size), verify, overwrite)
+    saved = adapters.read(adapter)
+    found = find_base(screen, saved, base, allow_remote_code=allow_remote_code)
+    with merging.planned(saved, found, out, options) as plan:
+        screen.notice(*plan.notices)
+        unsure = any(notice.id == "adapter.base-unknown" for notice in plan.notices)
+        screen.say(f"Base      {found.name}{'' if unsure else ' (fingerprint matches)'}")
+        screen.say(f"Needs     {_size(plan.bytes)}, {_size(free_space(out))} free")
+        with screen.progress("Merging", plan.bytes) as advance:
+            report = merging.merge(plan, start(), advance)
+    lines = (
+        f"Merged    {out}: {len(report['shards'])} files, {report['changed']} of "
+        f"{report['tensors']} tensors changed, {report['dtype']}",
+        f"Verified  {merging.verdict(report)}",
+    )
+    screen.result(Text("\n".join(lines)), {"out": str(out), **report})
+
+
+def _bytes(size: str) -> int:
+    """Read a size such as 5GB, 500MB or 2GiB."""
+    number = size.rstrip("BbGgIiKkMm ")
+    unit = size[len(number) :].strip().upper()
+    try:
+        count = int(float(number) * UNITS[unit])
+    except (ValueError, KeyError, OverflowError):
+        count = 0
+    if count < 1:
+        raise usage(f"--max-shard-size {size} is no size", help="write 5GB, 500MB or 2GiB")
+    return count
+
+
+def _size(count: int) -> str:
+    return f"{count / (1 << 30):.1f} GiB" if count >= 1 << 27 else f"{count / (1 << 20):.1f} MiB"
