@@ -115,6 +115,12 @@ def test_processes_share_the_same_micro_batches(keys: dict[str, Any], processes:
         counts = [len(part) for part in parts]
         assert max(counts) - min(counts) <= 1
         assert counts == sorted(counts, reverse=True)
+        every = [batch for part in parts for batch in part]
+        sums = sum(batch.tokens for batch in every), sum(batch.trained_tokens for batch in every)
+        assert {share.tokens_of(number) for share in shares} == {sums}
+        assert sorted(place.line or 0 for place in shares[-1].places(number)) == [
+            r + 1 for r in rows
+        ]
 
 
 @settings(max_examples=60)
