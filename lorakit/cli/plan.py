@@ -1,7 +1,5 @@
 """`lorakit plan`: what a recipe will do, before it costs anything."""
 
-from rich.table import Table
-
 from lorakit.cli.screen import (
     AllowLocalCode,
     AllowRemoteCode,
@@ -29,7 +27,4 @@ def plan(
     permissions = Permissions(screen.offline, allow_local_code, allow_remote_code)
     made = make(loaded, start(), permissions)
     screen.notice(*made.notices)
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for label, text in made.lines():
-        table.add_row(label, text)
-    screen.result(table, made.facts())
+    screen.result("\n".join(f"{label:9} {text}" for label, text in made.lines()), made.facts())

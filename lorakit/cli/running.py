@@ -10,7 +10,7 @@ from typing import Any
 from lorakit import adapters, environment
 from lorakit.cli.screen import Screen
 from lorakit.export.card import write_card
-from lorakit.export.merge import Options, check_output, merge, planned
+from lorakit.export.merge import Options, check_output, merge, planned, verdict
 from lorakit.recipe.dump import dump
 from lorakit.recipe.sections import Recipe
 from lorakit.runtime import Runtime, Stop, start
@@ -77,7 +77,7 @@ def merge_run(screen: Screen, plan: Plan, folder: RunFolder, runtime: Runtime) -
     # What stands there is of this run: a new one would have been refused before it started.
     options = Options(dtype=section.dtype, overwrite=True)
     with planned(saved, plan.base, Path(section.out), options) as merging:
-        with screen.progress("merging", merging.bytes) as advance:
+        with screen.progress("Merging", merging.bytes) as advance:
             report = merge(merging, runtime, advance)
     screen.say(f"Verified  {verdict(report)}")
     return merging.out
