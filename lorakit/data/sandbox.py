@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from jinja2 import TemplateError, TemplateSyntaxError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
+from jinja2.filters import do_indent
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
@@ -32,7 +33,7 @@ TODAY = date(2024, 7, 26)
 _FILTERS = """
     abs attr batch capitalize count default dictsort e escape first float groupby int items join
     last length list lower map max min reject rejectattr replace reverse round safe select
-    selectattr slice sort string sum title tojson trim unique upper urlencode
+    selectattr slice sort string striptags sum title trim unique upper urlencode wordcount
 """.split()
 _WIDE_FORMAT = re.compile(r"%[^a-zA-Z%]*(?:\d{4}|\*)")
 
@@ -120,7 +121,13 @@ class Template:
         """
         limit = 4 * sum(len(message["content"]) for message in messages) + MAX_SOURCE
         parts, length = [], 0
-        variables = self._variables | {"messages": messages, "add_generation_prompt": generation}
+        variables = self._variables | {
+            "messages": messages,
+            "add_generation_prompt": generation,
+            # What transformers says where there are none; templates test for None.
+            "tools": None,
+            "documents": None,
+        }
         try:
             for part in self._compiled.generate(variables):
                 parts.append(part)
@@ -148,7 +155,7 @@ def _environment() -> _Sandbox:
     environment.filters = {
         name: function for name, function in environment.filters.items() if name in _FILTERS
     }
-    environment.filters["tojson"] = _tojson
+    environment.filters |= {"tojson": _tojson, "indent": _indent, "format": _format}
     del environment.globals["lipsum"]
     environment.globals |= {
         "raise_exception": _raise_exception,
@@ -179,6 +186,18 @@ def _tojson(
         separators=separators,
         sort_keys=sort_keys,
     )
+
+
+def _indent(text: str, width: int = 4, first: bool = False, blank: bool = False) -> str:
+    if width > MAX_INDENT:
+        raise _Limit(f"indent: a width of {width}, at most {MAX_INDENT}")
+    return do_indent(text, width, first, blank)
+
+
+def _format(pattern: str, *values: Any) -> str:
+    if _WIDE_FORMAT.search(pattern):
+        raise _Limit("format: a field is too wide")
+    return pattern % values
 
 
 def _unsafe(error: SecurityError) -> BadInput:

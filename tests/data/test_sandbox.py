@@ -24,6 +24,8 @@ TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
         ("{{ [0] * 3 * 10**8 }}", "template.limit"),
         ("{{ 10**(10**7) }}", "template.limit"),
         ("{{ '%1000000000d' % 1 }}", "template.limit"),
+        ("{{ '%1000000000d' | format(1) }}", "template.limit"),
+        ("{{ 'a' | indent(10**9, true) }}", "template.limit"),
         ("{{ messages | tojson(indent=10**9) }}", "template.limit"),
         ("{% for i in range(10**6) %}{% endfor %}", "template.limit"),
         (
@@ -53,6 +55,7 @@ HELPERS = (
     "{{ messages | tojson }}{% for m in messages %}{% if loop.last %}{% break %}{% endif %}"
     "{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}{% set ns = namespace(n=1) %}"
     "{% set ns.n = ns.n + 2 %}{{ ns.n }}{{ dict(a=1) | tojson(indent=2) }}{{ eos_token }}\n"
+    "{{ 'a\nb' | indent(2) }}{{ '%s-%s' | format(1, 2) }}{% if tools is not none %}tools{% endif %}"
     "  {% if add_generation_prompt %}go{% endif %}\n{{ 'x' * 3 }}{{ '%s!' % 'y' }}"
 )
 
