@@ -8,7 +8,7 @@ stranger's file and can take forever, so they run in a process that is stopped a
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from lorakit.errors import BadInput
 from lorakit.storage.redact import printable
@@ -39,11 +39,6 @@ def matching(entry: str, names: Sequence[str]) -> list[str]:
     if entry.startswith(PREFIX):
         return _search(entry.removeprefix(PREFIX), names)
     return [name for name in names if name == entry or name.endswith(f".{entry}")]
-
-
-def match_one(patterns: Iterable[str], name: str) -> str | None:
-    """Return the first of the patterns that means the name."""
-    return next((pattern for pattern in patterns if matching(pattern, [name])), None)
 
 
 def _search(pattern: str, names: Sequence[str]) -> list[str]:

@@ -45,6 +45,9 @@ def read_tokenizer(
             help="fetch the tokenizer's files again",
         ) from error
     check_vocabulary(tokenizer, config, str(where))
+    stop = config.get_text_config().eos_token_id
+    if gguf and isinstance(stop, int):  # some releases of transformers take another token for it
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stop)
     return tokenizer
 
 

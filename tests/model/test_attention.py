@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -80,6 +82,17 @@ def test_packed_loss_and_gradients_equal_unpacked(
         tolerance = max(tolerance, 1e-6)  # its softmax is in fp32
     assert_equal_training(model, packed(rows), plain(rows), tolerance)
     assert_equal_training(model, padded(rows), plain(rows), tolerance)
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=8), st.integers(0, 99))
+@settings(max_examples=20)
+def test_any_documents_pack_in_any_order(lengths: list[int], seed: int) -> None:
+    model = tiny_model("llama", dtype=torch.float64)
+    model.set_attn_implementation(attention.NAME)
+    rows = documents(*lengths, seed=seed)
+    packed_loss = token_loss(model, packed(rows))
+    torch.testing.assert_close(packed_loss, token_loss(model, packed(rows[::-1])))
+    torch.testing.assert_close(packed_loss, token_loss(model, padded(rows)))
 
 
 @pytest.mark.parametrize("family", sorted(KNOWN))

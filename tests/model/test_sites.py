@@ -5,7 +5,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lorakit.errors import BadInput, Place
-from lorakit.model.patterns import match_one
 from lorakit.model.sites import Site, find_sites, match, uneven
 from tests.tiny import FAMILIES, tiny_config, tiny_model
 
@@ -160,6 +159,7 @@ def test_uneven_coverage_is_said(sites: list[Site]) -> None:
     assert "`k_proj` is left out in 1 of 2 layers: 0" in notice.message
 
 
+@pytest.mark.slow  # the limit is a second of processor time
 def test_an_expression_that_takes_forever_is_stopped(sites: list[Site]) -> None:
     with pytest.raises(BadInput) as error:
         match(sites, ["re:(([a-z._0-9]+)+)+!"])
@@ -172,9 +172,3 @@ def test_an_expression_that_is_none_is_named(sites: list[Site]) -> None:
     ) as error:
         match(sites, ["re:(q"])
     assert error.value.id == "target.bad-pattern"
-
-
-def test_the_first_pattern_that_means_a_name_wins() -> None:
-    name = "model.layers.1.self_attn.q_proj"
-    assert match_one({"k_proj": 1, "re:.*q_.*": 2, "q_proj": 3}, name) == "re:.*q_.*"
-    assert match_one({"k_proj": 1}, name) is None
