@@ -70,8 +70,9 @@ class Method:
 
     Class attributes: `Settings`, the recipe's adapter section; `mergeable` and `packs`, whether the
     adapter can become part of the weights and whether packed rows may be trained; `kinds`, what it
-    can adapt; `PARTS`, the sets of tensor names that a module may have in the file; `PEFT_KEYS`,
-    the settings that it reads from PEFT's file, and `PEFT_FIXED`, those with one right value.
+    can adapt. Of PEFT's file: `PEFT_TYPE`; `PREFIX`, what stands before the name of each tensor;
+    `PARTS`, the sets of tensors that a module may have; `PEFT_KEYS`, the settings that the method
+    reads, and `PEFT_FIXED`, others with the only values that are right.
     """
 
     Settings: ClassVar[type[MethodSettings]] = MethodSettings
@@ -84,7 +85,9 @@ class Method:
     PEFT_KEYS: ClassVar[frozenset[str]] = frozenset()
     PEFT_FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
-    def __init__(self, settings: MethodSettings) -> None:
+    def __init__(self, settings: Adapter) -> None:
+        if not isinstance(settings, self.Settings):
+            raise TypeError(f"{self.name()} got the settings of {settings.method}")
         self.settings = settings
 
     @classmethod
@@ -112,7 +115,7 @@ class Method:
             raise BadInput(
                 "target.nothing-trainable",
                 "the adapter section leaves no module to adapt",
-                help="train at least one module",
+                help="name at least one in adapter.target_modules",
             )
         return chosen
 

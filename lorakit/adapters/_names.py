@@ -33,7 +33,7 @@ class Names:
         known = frozenset().union(*method.PARTS)
         for key in sorted(keys):
             name = key.removeprefix(method.PREFIX)
-            if f"{name.removesuffix('.weight')}".endswith(".lora_magnitude_vector"):
+            if name.endswith(".lora_magnitude_vector.weight"):  # as older files of PEFT have it
                 name = name.removesuffix(".weight")
             module, part = _split(name, known)
             if not key.startswith(method.PREFIX):

@@ -24,6 +24,7 @@ from lorakit.adapters._peft import Found, PeftConfig, shown
 from lorakit.errors import BadInput
 from lorakit.model.patterns import matching
 from lorakit.model.sites import Kind, Site
+from lorakit.recipe.sections import Adapter
 
 FOREIGN = ("qlora", "low_rank")
 
@@ -96,7 +97,7 @@ class Lora(Method):
 
     linear_layer: ClassVar[type[LoraLayer]] = LoraLayer
 
-    def __init__(self, settings: LoraSettings) -> None:
+    def __init__(self, settings: Adapter) -> None:
         super().__init__(settings)
         self._ranks: dict[str, int] = {}
         self._alphas: dict[str, float] = {}

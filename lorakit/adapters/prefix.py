@@ -194,17 +194,17 @@ def prefixed(layer: PrefixLayer, decoder: PreTrainedModel, named: dict[str, Any]
     rows = len(named["inputs_embeds"] if given is None else given)
     past, positions = named.get("past_key_values"), named.get("position_ids")
     mask = named.get("attention_mask")
-    if sum(count for count, _ in named.pop("documents", ())) > 1:
+    if sum(count for count, _ in named.pop("documents", None) or ()) > 1:
         raise ValueError("documents in one row would share a prefix")
+    keeps = named.get("use_cache")
+    keeps = decoder.config.use_cache if keeps is None else keeps
     if past is None or not past.get_seq_length():
         states = layer.by_layer(rows, decoder.dtype)
         if past is not None:
             for index, (keys, values) in enumerate(states):
                 past.update(keys, values, index)
-        elif named.get("use_cache", decoder.config.use_cache):
-            named["past_key_values"] = DynamicCache(states)
         else:
-            named["past_key_values"] = Prefixed(states)
+            named["past_key_values"] = DynamicCache(states) if keeps else Prefixed(states)
     if positions is not None:
         named["position_ids"] = positions + len(layer.states)
     if mask is not None:

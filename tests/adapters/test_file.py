@@ -516,6 +516,27 @@ def test_an_adapter_that_learnt_nothing_is_not_saved(tmp_path):
     assert failed.value.id == "adapter.not-saved"
 
 
+def test_trained_copies_do_not_hide_an_update_that_learnt_nothing(tmp_path):
+    model, method, sites = adapted("llama", "lora", target_modules=QV, modules_to_save=["norm"])
+    adapters.trainable(model)["model.norm.weight"].data.add_(1)
+    with pytest.raises(RunFailed, match="changes nothing"):
+        adapters.save(tmp_path, method, model, sites, {"steps": 2})
+
+
+def test_an_older_file_with_weight_after_lengths_is_read(tmp_path):
+    model, method, sites = adapted("llama", "dora", target_modules=QV)
+    scramble(model, method)
+    adapters.save(tmp_path, method, model, sites, {"steps": 2})
+
+    def older(tensors):
+        for name in list(tensors):
+            if name.endswith("vector"):
+                tensors[f"{name}.weight"] = tensors.pop(name)
+
+    retensor(tmp_path, older)
+    assert torch.equal(logits(use(tmp_path)), logits(model))
+
+
 def test_an_adapter_with_nan_is_not_saved(tmp_path):
     model, method, sites = adapted("llama", "lora")
     next(iter(adapters.trainable(model).values())).data[0, 0] = float("nan")

@@ -89,6 +89,11 @@ def test_good_values_are_taken():
     assert adapters.settings_for("lora")(target_modules="re:.*").target_modules == "re:.*"
 
 
+def test_settings_of_another_method_are_a_mistake():
+    with pytest.raises(TypeError, match="ia3"):
+        adapters.get("lora")(adapters.settings_for("ia3")(method="ia3"))
+
+
 @pytest.mark.parametrize(
     ("wrong", "meant"),
     [("loar", "lora"), ("use_dora", "dora"), ("DoRA", "dora"), ("prefix_tuning", "prefix")],
