@@ -5,7 +5,8 @@
 
 A message is made of whole sentences: what is wrong, sometimes what is asked for, sometimes how
 much it hurries. Each sentence states its own label, so that a careful reader can always find it.
-Train and test share no product, no sentence and no greeting. The text was written for lorakit, no
+Train and test share no product, no sentence and no greeting. The keys and their values stand in
+the recipes as `data.system`, which adapter and base both get. The text was written for lorakit, no
 name in it is a real company's, and it is under lorakit's licence (Apache-2.0).
 """
 
@@ -19,10 +20,6 @@ from pathlib import Path
 FOLDER = Path(__file__).parents[1] / "recipes" / "data" / "support"
 SEED = 7
 ROWS = {"train": 400, "test": 100}
-SYSTEM = (
-    "Reply with one JSON object. Keys: category (billing, delivery, defect, account, question), "
-    "urgency (low, normal, high), product (as written), refund (true, false)."
-)
 REFUNDABLE = ("billing", "delivery", "defect")
 
 
@@ -340,7 +337,7 @@ def _message(
 
 
 def _row(message: str, **answer: object) -> dict[str, object]:
-    contents = {"system": SYSTEM, "user": message, "assistant": json.dumps(answer)}
+    contents = {"user": message, "assistant": json.dumps(answer)}
     return {"messages": [{"role": role, "content": text} for role, text in contents.items()]}
 
 

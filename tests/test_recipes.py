@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lorakit import adapters
+from lorakit.cli.app import app
 from lorakit.recipe.files import packaged_recipes
 from lorakit.recipe.reader import read
 from lorakit.recipe.sections import Recipe, Source
@@ -68,12 +69,10 @@ def test_a_recipe_is_valid_and_says_how_to_run_it(name: str) -> None:
 def test_a_recipe_runs_with_a_tiny_model(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lorakit.cli.app import app
-
     monkeypatch.chdir(tmp_path)
     written = recipe(name)
     model = write_tiny_model(tmp_path / "model", FAMILY.get(name, "llama"))
-    changes = [f"model.path={model}", "eval.generate.max_new_tokens=4"]
+    changes = [f"model.path={model}", "data.max_length=256", "eval.generate.max_new_tokens=4"]
     changes.append(f"data.train={tiny_source(written.data.train[0], tmp_path / 'train')}")
     if isinstance(written.data.eval, tuple):
         changes.append(f"data.eval={tiny_source(written.data.eval[0], tmp_path / 'eval')}")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lorakit.recipe import reader, schema
 from scripts import make_support_data as support
 
 VALUES = {
@@ -15,14 +16,14 @@ VALUES = {
 }
 
 
-def read(split: str) -> list[tuple[str, str, dict[str, object]]]:
-    """Return system, message and parsed answer of each row of the file."""
+def read(split: str) -> list[tuple[str, dict[str, object]]]:
+    """Return message and parsed answer of each row of the file."""
     rows = []
     for line in (support.FOLDER / f"{split}.jsonl").read_text(encoding="utf-8").splitlines():
         messages = json.loads(line)["messages"]
-        assert [message["role"] for message in messages] == ["system", "user", "assistant"]
-        system, user, answer = (message["content"] for message in messages)
-        rows.append((system, user, json.loads(answer)))
+        assert [message["role"] for message in messages] == ["user", "assistant"]
+        user, answer = (message["content"] for message in messages)
+        rows.append((user, json.loads(answer)))
     return rows
 
 
@@ -51,22 +52,23 @@ def test_files_are_what_the_generator_writes(
 @pytest.mark.parametrize("split", support.ROWS)
 def test_answers_can_be_read_off_the_message(split: str) -> None:
     rows = read(split)
-    assert len({message for _, message, _ in rows}) == len(rows) == support.ROWS[split]
-    assert {system for system, _, _ in rows} == {support.SYSTEM}
-    for _, message, answer in rows:
+    assert len({message for message, _ in rows}) == len(rows) == support.ROWS[split]
+    for message, answer in rows:
         assert list(answer) == ["category", "urgency", "product", "refund"]
         assert answer["product"] in message
         assert all(answer[key] in values for key, values in VALUES.items())
     for key, values in VALUES.items():
-        share = Counter(answer[key] for _, _, answer in rows)
+        share = Counter(answer[key] for _, answer in rows)
         assert all(share[value] >= len(rows) / 10 for value in values)
 
 
-def test_the_system_message_names_every_key_and_value() -> None:
+@pytest.mark.parametrize("name", ["quickstart", "llama7b-qv"])
+def test_the_system_message_names_every_key_and_value(name: str) -> None:
+    system = reader.read(name, schema.settings_for, environ={}).data.system
     for key, values in VALUES.items():
-        named = support.SYSTEM.split(f"{key} (")[1].split(")")[0].split(", ")
+        named = system.split(f"{key} (")[1].split(")")[0].split(", ")
         assert set(named) == {str(value).lower() for value in values}
-    assert "product" in support.SYSTEM
+    assert "product" in system
 
 
 def test_test_rows_say_nothing_that_train_rows_say() -> None:
@@ -75,10 +77,8 @@ def test_test_rows_say_nothing_that_train_rows_say() -> None:
     seen = sentences(support.TRAIN)
     assert not makers & set(support.TEST.makers)
     assert not set(support.TRAIN.things) & set(support.TEST.things)
-    assert not {answer["product"] for *_, answer in train} & {
-        a["product"] for *_, a in read("test")
-    }
-    for _, message, answer in read("test"):
+    assert not {answer["product"] for _, answer in train} & {a["product"] for _, a in read("test")}
+    for message, answer in read("test"):
         text = message.replace(str(answer["product"]), "{}").casefold()
         assert not makers & set(message.split())
         assert not [sentence for sentence in seen if sentence in text and len(sentence) > 3]
