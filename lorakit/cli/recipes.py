@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from lorakit import environment
 from lorakit.cli.screen import Screen, command
@@ -36,20 +35,18 @@ Name = Annotated[
 @command
 def recipes_list(screen: Screen) -> None:
     """List the recipes that come with lorakit."""
-    table = Table("recipe", "what it is", "model", "method", "data", box=None, pad_edge=False)
     rows = []
     for name, path in files.packaged_recipes().items():
         recipe = _read(str(path), schema.settings_for)
         row = {
             "name": name,
-            "description": _description(recipe),
             "model": recipe.model.path,
             "method": recipe.adapter.method,
             "data": ", ".join(source.path for source in recipe.data.train),
+            "description": _description(recipe),
         }
-        table.add_row(*row.values())
         rows.append({**row, "path": str(path)})
-    screen.result(table, {"recipes": rows})
+    screen.result("\n".join(_columns(rows)), {"recipes": rows})
 
 
 @app.command("show")
@@ -145,6 +142,13 @@ def recipes_schema(
 
 def _read(name: str, settings_for: Settings, foreign: Foreign = dict) -> Recipe:
     return read(name, settings_for, environ=environment.all_variables(), foreign=foreign)
+
+
+def _columns(rows: list[dict[str, str]]) -> list[str]:
+    """Line the rows up; a table that shortens names would be no use to a script."""
+    keys = ("name", "model", "method", "data", "description")
+    widths = {key: max((len(row[key]) for row in rows), default=0) for key in keys}
+    return ["  ".join(row[key].ljust(widths[key]) for key in keys).rstrip() for row in rows]
 
 
 def _description(recipe: Recipe) -> str:

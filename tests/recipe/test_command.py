@@ -26,7 +26,7 @@ def test_list() -> None:
     rows = json.loads(run("list", "--json").stdout)["recipes"]
     assert [row["name"] for row in rows] == list(packaged_recipes())
     for row in rows:
-        assert row["name"] in text
+        assert all(row[key] in text for key in ("name", "model", "method", "data", "description"))
         assert row["description"]
         recipe = read(row["name"], settings_for, environ={})
         assert (row["model"], row["method"]) == (recipe.model.path, recipe.adapter.method)
