@@ -20,8 +20,6 @@ _TYPES = {dict: "an object", list: "a list", str: "text", bool: "true or false",
 _USUAL = {
     "prompt": "prompt question instruction input query source context document article".split(),
     "completion": "completion answer output response target summary label solution chosen".split(),
-    "text": "text content body".split(),
-    "messages": "messages conversation conversations dialog dialogue chat turns".split(),
 }
 
 
@@ -139,12 +137,11 @@ def find(name: str) -> Format:
     """
     if name in FORMATS:
         return FORMATS[name]
-    near = get_close_matches(name, FORMATS, n=1)
     raise BadInput(
         "recipe.bad-choice",
         f"data.format: no format has the name '{printable(name)}'; "
         f"expected auto, {', '.join(FORMATS)} or module:function",
-        help=f"did you mean '{near[0]}'?" if near else None,
+        help=_nearest(name, FORMATS),
     )
 
 
@@ -168,8 +165,7 @@ def require(format: Format, columns: Iterable[str]) -> None:
     Raises:
         BadInput: `data.missing-column`, with the columns found and expected.
     """
-    found = list(columns)
-    if not set(format.required) <= set(found):
+    if not set(format.required) <= set(found := list(columns)):
         expected = f"{' and '.join(format.required)} ({format.name})"
         raise _missing_columns(found, expected, format.required)
 
@@ -187,18 +183,16 @@ def check_mapping(
     fields = [field for one in known for field in one.required + one.optional]
     for field, column in mapping.items():
         if fields and field not in fields:
-            near = get_close_matches(field, fields, n=1)
             raise BadInput(
                 "recipe.bad-choice",
                 f"columns: '{printable(field)}' is no field of a format; expected {one_of(fields)}",
-                help=f"did you mean '{near[0]}'?" if near else None,
+                help=_nearest(field, fields),
             )
         if column not in found:
-            near = get_close_matches(column, found, n=1)
             raise BadInput(
                 "data.missing-column",
                 f"columns: there is no column '{printable(column)}'; found {_listed(found)}",
-                help=f"did you mean `columns: {{{field}: {near[0]}}}`?" if near else None,
+                help=_nearest(column, found),
             )
 
 
@@ -270,14 +264,13 @@ def _system(row: Mapping[str, Any]) -> list[Message]:
 
 def _answered(turns: list[Message], field: str) -> Conversation:
     if all(turn.role != "assistant" for turn in turns):
-        message = f"`{field}` has no assistant turn: nothing to learn from"
-        raise BadInput("data.no-assistant", message)
+        raise BadInput("data.no-assistant", f"`{field}` has no assistant turn to learn from")
     return Conversation(tuple(turns))
 
 
 def _bad_role(role: str, name: str, roles: Iterable[str]) -> BadInput:
-    expected = one_of(roles)
-    return BadInput("data.bad-role", f"`{name}` is '{printable(role)}'; expected {expected}")
+    message = f"`{name}` is '{printable(role)}'; expected {one_of(roles)}"
+    return BadInput("data.bad-role", message)
 
 
 def _missing_columns(found: list[str], expected: str, fields: Iterable[str]) -> BadInput:
@@ -294,6 +287,11 @@ def _missing_columns(found: list[str], expected: str, fields: Iterable[str]) -> 
         f"columns found: {_listed(found)}; columns expected: {expected}",
         help=f"say which column is which: `columns: {{{pairs}}}`" if pairs else None,
     )
+
+
+def _nearest(name: str, names: Iterable[str]) -> str | None:
+    near = get_close_matches(name, list(names), n=1)
+    return f"did you mean '{printable(near[0])}'?" if near else None
 
 
 def _listed(names: Iterable[str]) -> str:

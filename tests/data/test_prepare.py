@@ -184,7 +184,7 @@ def test_sources_have_weights_formats_and_columns(tmp_path: Path) -> None:
     ("columns", "id", "parts"),
     [
         ({"promt": "question"}, "recipe.bad-choice", ("promt", "prompt")),
-        ({"prompt": "qestion"}, "data.missing-column", ("qestion", "{prompt: question}")),
+        ({"prompt": "qestion"}, "data.missing-column", ("qestion", "did you mean 'question'")),
     ],
 )
 def test_a_wrong_mapping(
