@@ -67,7 +67,7 @@ def copied_sites(method: Method, candidates: Sequence[Site]) -> list[Site]:
     Raises:
         BadInput: `target.no-match` when an entry names no site.
     """
-    entries = method.settings.modules_to_save
+    entries = method.settings.saved_whole()
     return one_of_tied(match(candidates, entries), candidates) if entries else []
 
 

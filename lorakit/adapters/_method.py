@@ -32,11 +32,11 @@ Layers = (
 
 
 class MethodSettings(Adapter):
-    """What every method can be told."""
+    """What a method can be told; without sites of its own to choose, only that."""
 
-    modules_to_save: Names = Field(
-        (), description="modules that are trained whole, as copies: names, or re: patterns"
-    )
+    def saved_whole(self) -> tuple[str, ...]:
+        """Return the entries of modules that are trained whole."""
+        return ()
 
     def choose(self, candidates: Sequence[Site]) -> list[Site]:
         """Return the sites that these settings name."""
@@ -55,6 +55,13 @@ class SiteSettings(MethodSettings):
     layers: Layers = Field(
         "all", description='decoder layers to adapt, from 0: all, "8-31" with both ends, or a list'
     )
+    modules_to_save: Names = Field(
+        (), description="modules that are trained whole, as copies: names, or re: patterns"
+    )
+
+    def saved_whole(self) -> tuple[str, ...]:
+        """Return the entries of modules that are trained whole."""
+        return self.modules_to_save
 
     def choose(self, candidates: Sequence[Site]) -> list[Site]:
         """Return the sites that these settings name.

@@ -133,7 +133,7 @@ def _fitting(
         BadInput: when anything is missing, left over, or of another shape.
     """
     settings = saved.settings
-    _check_known(saved, settings.modules_to_save, everywhere)
+    _check_known(saved, settings.saved_whole(), everywhere)
     if isinstance(settings, SiteSettings):
         names = settings.target_modules
         _check_known(saved, names, sites)

@@ -7,7 +7,8 @@ Li and Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation"
 
 Deviations: P is trained itself, without the paper's reparametrising network, and by default starts
 as the keys and values of the first training tokens (`init: text`). A fresh prefix changes the
-output. It is no part of the weights, so it cannot be merged.
+output. It is no part of the weights, so it cannot be merged, and PEFT's file of a prefix has no
+place for modules that are saved whole.
 """
 
 import inspect
@@ -25,7 +26,6 @@ from lorakit.adapters._method import Method, MethodSettings
 from lorakit.adapters._peft import Found, PeftConfig
 from lorakit.errors import BadInput
 from lorakit.model.sites import Site
-from lorakit.recipe.sections import Names
 
 FOREIGN = ("prefix_tuning", "prefix-tuning", "p_tuning_v2")
 
@@ -42,9 +42,6 @@ class PrefixSettings(MethodSettings):
     tokens: int = Field(20, ge=1, description="trained positions before every layer's own")
     init: Literal["text", "zero", "random"] = Field(
         "text", description="text: keys and values of the first training tokens; zero; random"
-    )
-    modules_to_save: Names = Field(
-        (), max_length=0, description="not with a prefix: PEFT's file has no place for copies"
     )
 
 
