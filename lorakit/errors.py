@@ -29,7 +29,9 @@ class Place:
     column: int | None = None
 
     def __str__(self) -> str:
-        return ":".join(str(part) for part in (self.file, self.line, self.column) if part is not None)
+        return ":".join(
+            str(part) for part in (self.file, self.line, self.column) if part is not None
+        )
 
 
 class LorakitError(Exception):
@@ -55,7 +57,9 @@ class CheckFailed(LorakitError):
 
     exit_code = 1
     ids = frozenset(
-        "check.gate-missed check.merge check.data check.doctor check.strict plan.will-not-fit".split()
+        """
+        check.gate-missed check.merge check.data check.doctor check.strict
+        """.split()
     )
 
 
@@ -89,7 +93,7 @@ class BadInput(LorakitError):
         checkpoint.none checkpoint.changed
         security.pickle security.remote-code security.import security.config security.path
         security.local-code
-        eval.baseline-mismatch eval.unknown-metric eval.no-data eval.not-computed
+        eval.baseline-mismatch eval.no-data eval.not-computed
         """.split()
     )
 
@@ -149,8 +153,9 @@ class Notice:
         """
         checkpoint.skipped security.remote-code security.local-code data.dropped data.cut
         data.eos-untrained data.extra-fields data.overlap data.special-tokens
-        adapter.base-unknown adapter.no-passport adapter.unknown-setting run.loss-spike recipe.unusual-value
-        target.uneven run.packing-off model.dtype-fallback model.unused-tensors
+        adapter.base-unknown adapter.no-passport adapter.unknown-setting
+        recipe.unusual-value
+        target.uneven run.packing-off model.unused-tensors
         """.split()
     )
 

@@ -120,7 +120,8 @@ def start() -> Runtime:
         if local >= torch.cuda.device_count():
             raise EnvironmentLacks(
                 "env.missing-device",
-                f"process {process} wants GPU {local}, this machine has {torch.cuda.device_count()}",
+                f"process {process} wants GPU {local}, "
+                f"this machine has {torch.cuda.device_count()}",
                 help="lower --nproc",
             )
         device = torch.device("cuda", local)
@@ -159,8 +160,13 @@ def launch(arguments: Sequence[str], processes: int) -> int:
             )
         )
     for number in SIGNALS:
-        signal.signal(number, lambda received, _: [p.send_signal(received) for p in started])
+        signal.signal(number, lambda received, _: _pass_on(received, started))
     return _first_failure(started)
+
+
+def _pass_on(number: int, started: list[subprocess.Popen[bytes]]) -> None:
+    for process in started:
+        process.send_signal(number)
 
 
 def _first_failure(started: list[subprocess.Popen[bytes]]) -> int:
@@ -250,7 +256,9 @@ def make_deterministic() -> None:
 
 def usable_cores() -> int:
     """Return how many cores this process may use: affinity and control-group quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     try:
         with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
             quota, period = file.read().split()

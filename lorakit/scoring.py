@@ -19,7 +19,7 @@ MASKED = -100
 
 @dataclass(frozen=True)
 class RowScore:
-    """One row: its negative log-likelihood summed over trained tokens, their number, argmax hits."""
+    """One row: negative log-likelihood summed over its trained tokens, their number, hits."""
 
     row: int
     nll: float

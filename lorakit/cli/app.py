@@ -1,12 +1,9 @@
 """The command line: one file a command, registered here."""
 
-import sys
-
 import typer
 
 from lorakit import __version__
 from lorakit.cli import data, doctor, eval, generate, merge, methods, plan, recipes, train
-from lorakit.errors import BadInput
 
 app = typer.Typer(
     help="LoRA fine-tuning from a YAML recipe, from plan to verified merge.",
@@ -32,7 +29,9 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def options(
-    version: bool = typer.Option(False, "--version", is_eager=True, callback=_version, help="Print the version."),
+    version: bool = typer.Option(
+        False, "--version", is_eager=True, callback=_version, help="Print the version."
+    ),
 ) -> None:
     """LoRA fine-tuning from a YAML recipe, from plan to verified merge."""
 

@@ -13,7 +13,9 @@ from lorakit import __version__, environment
 from lorakit.cli.screen import AllowRemoteCode, Screen, SetOption, command
 from lorakit.errors import CheckFailed
 
-PACKAGES = "torch transformers tokenizers datasets accelerate bitsandbytes safetensors pydantic typer rich".split()
+PACKAGES = (
+    "torch transformers tokenizers datasets accelerate bitsandbytes safetensors pydantic typer rich"
+).split()
 EXTRAS = {
     "sacrebleu": "eval",
     "rouge_score": "eval",
@@ -114,11 +116,12 @@ def _four_bit(device: Any) -> str:
     """Quantise a small matrix to NF4 and multiply with it, for real."""
     try:
         import torch
-        from bitsandbytes.nn import Linear4bit
+        from bitsandbytes.nn import modules
     except ImportError as error:
         return f"not available: {error}"
     try:
-        layer = Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32).to(device)
+        make: Any = modules.Linear4bit
+        layer = make(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32).to(device)
         product = layer(torch.ones(1, 64, device=device))
     except Exception as error:
         return f"fails: {type(error).__name__}: {error}"

@@ -76,7 +76,7 @@ def eval(
     place = None if base_only else adapter or loaded.run_folder / "adapter"
     subject = _opened(screen, loaded, place, allow_remote_code=allow_remote_code)
     task = _task(screen, loaded, subject, limit, allow_local_code=allow_local_code)
-    facts = _facts(loaded, subject, task)
+    facts = _facts(loaded, subject, task, limit)
     known = _known(screen, baseline, facts, update=update_baseline)
     model = subject.load(loaded)
     with screen.progress("Evaluating", task.size * (1 if base_only else 2)) as advance:
@@ -204,7 +204,7 @@ def _task(
     )
 
 
-def _facts(loaded: "Recipe", subject: _Subject, task: "Task") -> dict[str, Any]:
+def _facts(loaded: "Recipe", subject: _Subject, task: "Task", limit: int | None) -> dict[str, Any]:
     """Return what the figures depend on."""
     from lorakit.storage.hashing import sha256_file, sha256_json
     from lorakit.training.passports import versions
@@ -222,6 +222,7 @@ def _facts(loaded: "Recipe", subject: _Subject, task: "Task") -> dict[str, Any]:
         "generate": section.generate.model_dump(),
         "seed": task.seed,
         "packing": task.packing,
+        "limit": limit,
         "versions": versions(),
         "device": subject.runtime.describe(),
         "dtype": str(subject.dtype).removeprefix("torch."),

@@ -66,8 +66,9 @@ def merge(
         screen.say(f"Needs     {_size(plan.bytes)}, {_size(free_space(out))} free")
         with screen.progress("Merging", plan.bytes) as advance:
             report = merging.merge(plan, start(), advance)
+    files = len(report["shards"])
     lines = (
-        f"Merged    {out}: {len(report['shards'])} files, {report['changed']} of "
+        f"Merged    {out}: {files} {'file' if files == 1 else 'files'}, {report['changed']} of "
         f"{report['tensors']} tensors changed, {report['dtype']}",
         f"Verified  {merging.verdict(report)}",
     )

@@ -27,14 +27,23 @@ def methods(
 def _one(screen: Screen, name: str) -> None:
     method = adapters.get(name)
     settings: list[dict[str, Any]] = [
-        {"key": key, "default": field.get_default(call_default_factory=True), "description": field.description}
+        {
+            "key": key,
+            "default": field.get_default(call_default_factory=True),
+            "description": field.description,
+        }
         for key, field in method.Settings.model_fields.items()
         if key != "method"
     ]
     table = Table("key", "default", "description", box=None, pad_edge=False)
     for row in settings:
         table.add_row(row["key"], _shown(row["default"]), row["description"])
-    facts = {"name": name, "summary": adapters.summary(name), "mergeable": method.mergeable, "packs": method.packs}
+    facts = {
+        "name": name,
+        "summary": adapters.summary(name),
+        "mergeable": method.mergeable,
+        "packs": method.packs,
+    }
     lines = [
         f"{name}: {facts['summary']}",
         f"merges into the base: {'yes' if method.mergeable else 'no'}   "

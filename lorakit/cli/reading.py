@@ -13,7 +13,11 @@ FOLDER = Path("recipes")
 
 
 def read_recipe(
-    screen: Screen, argument: str, overrides: Sequence[str] | None, *, allow_remote_code: bool = False
+    screen: Screen,
+    argument: str,
+    overrides: Sequence[str] | None,
+    *,
+    allow_remote_code: bool = False,
 ) -> Recipe:
     """Read a recipe with its overrides; without an argument take the only one in `recipes/`.
 
@@ -25,6 +29,7 @@ def read_recipe(
         adapters.settings_for,
         list(overrides or ()),
         environ=environment.all_variables(),
+        foreign=adapters.foreign,
     )
     if recipe.model.trust_remote_code and not allow_remote_code:
         screen.notice(

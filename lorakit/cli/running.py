@@ -76,9 +76,11 @@ def merge_run(screen: Screen, plan: Plan, folder: RunFolder, runtime: Runtime) -
     section, saved = plan.recipe.merge, adapters.read(folder.adapter)
     # What stands there is of this run: a new one would have been refused before it started.
     options = Options(dtype=section.dtype, overwrite=True)
-    with planned(saved, plan.base, Path(section.out), options) as merging:
-        with screen.progress("Merging", merging.bytes) as advance:
-            report = merge(merging, runtime, advance)
+    with (
+        planned(saved, plan.base, Path(section.out), options) as merging,
+        screen.progress("Merging", merging.bytes) as advance,
+    ):
+        report = merge(merging, runtime, advance)
     screen.say(f"Verified  {verdict(report)}")
     return merging.out
 
@@ -110,8 +112,9 @@ def finished(plan: Plan, folder: RunFolder, outcome: Outcome, merged: Path | Non
         **asdict(outcome),
     }
     lines = [
-        f"Trained   {outcome.steps} steps, {outcome.tokens:,} tokens in {duration(outcome.wall_seconds)} "
-        f"({outcome.tokens_per_second:,.0f} tokens/s), peak {outcome.peak_memory_bytes / GIB:.1f} GiB",
+        f"Trained   {outcome.steps} steps, {outcome.tokens:,} tokens in "
+        f"{duration(outcome.wall_seconds)} ({outcome.tokens_per_second:,.0f} tokens/s), "
+        f"peak {outcome.peak_memory_bytes / GIB:.1f} GiB",
         f"Loss      {_loss(outcome)}",
         f"Adapter   {folder.adapter}",
     ]
@@ -121,7 +124,11 @@ def finished(plan: Plan, folder: RunFolder, outcome: Outcome, merged: Path | Non
     if merged:
         lines.append(f"Merged    {merged}")
     recipe = plan.recipe.origin.path
-    lines.append(f"Next      lorakit eval {recipe}" if plan.dataset.eval else f"Next      lorakit generate {folder.adapter}")
+    lines.append(
+        f"Next      lorakit eval {recipe}"
+        if plan.dataset.eval
+        else f"Next      lorakit generate {folder.adapter}"
+    )
     return Finished("\n".join(lines), facts)
 
 

@@ -32,10 +32,14 @@ from lorakit.errors import (
 )
 from lorakit.storage.redact import redact
 
-RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a packaged recipe.")]
+RecipeArgument = Annotated[
+    str, typer.Argument(help="A recipe file, or the name of a packaged recipe.")
+]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one key of the recipe; repeatable."),
+    typer.Option(
+        "--set", "-s", metavar="KEY=VALUE", help="Change one key of the recipe; repeatable."
+    ),
 ]
 AllowRemoteCode = Annotated[
     bool, typer.Option("--allow-remote-code", help="Let the model's own code run.")
@@ -99,18 +103,26 @@ class Screen:
             if notice in self.notices:
                 continue
             self.notices.append(notice)
-            text = self._clean(_block(f"warning[{notice.id}]", notice.message, notice.where, notice.help))
+            text = self._clean(
+                _block(f"warning[{notice.id}]", notice.message, notice.where, notice.help)
+            )
             self._note(text)
             self.err.print(_styled(text, "yellow"), highlight=False, soft_wrap=True)
             if self.strict:
                 raise CheckFailed(
-                    "check.strict", f"--strict: {notice.message}", where=notice.where, help=notice.help
+                    "check.strict",
+                    f"--strict: {notice.message}",
+                    where=notice.where,
+                    help=notice.help,
                 )
 
     def result(self, shown: RenderableType, data: dict[str, Any], *, exit: int = 0) -> None:
         """Write the result on stdout: as text, or as one JSON document with `--json`."""
         if self.json:
             self._document(data, exit)
+        elif isinstance(shown, str):
+            # Not through rich, which would turn `:smile:` and tabs into something else.
+            sys.stdout.write(shown + "\n")
         else:
             self.out.print(shown, highlight=False, soft_wrap=True, markup=False)
 
@@ -121,7 +133,12 @@ class Screen:
             self.say(f"{description} …")
             yield lambda _: None
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=self.err, transient=True) as bar:
             task = bar.add_task(description, total=total)
             yield lambda more: bar.advance(task, more)
@@ -160,7 +177,9 @@ class Screen:
         except OSError:
             where = "nowhere (the working folder cannot be written)"
         summary = self._clean(f"{type(error).__name__}: {error}".splitlines()[0][:300])
-        self.err.print(_styled(f"error[{BUG_ID}]: {summary}", "red"), highlight=False, soft_wrap=True)
+        self.err.print(
+            _styled(f"error[{BUG_ID}]: {summary}", "red"), highlight=False, soft_wrap=True
+        )
         help = f"  help:  this is a bug in lorakit; the traceback is in {where}"
         self.err.print(help, markup=False, highlight=False, soft_wrap=True)
         if self.json:
@@ -206,16 +225,30 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
     def run(
         *,
-        json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
-        quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
-        debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+        json: Annotated[
+            bool, typer.Option("--json", help="Print one JSON document on stdout.")
+        ] = False,
+        quiet: Annotated[
+            bool, typer.Option("--quiet", "-q", help="No progress on stderr.")
+        ] = False,
+        debug: Annotated[
+            bool, typer.Option("--debug", help="Show the traceback of an error.")
+        ] = False,
         strict: Annotated[bool, typer.Option("--strict", help="Treat warnings as errors.")] = False,
-        offline: Annotated[bool, typer.Option("--offline", help="Never reach the network.")] = False,
+        offline: Annotated[
+            bool, typer.Option("--offline", help="Never reach the network.")
+        ] = False,
         color: Annotated[Color, typer.Option("--color", help="Colour of the output.")] = "auto",
         **arguments: Any,
     ) -> None:
         screen = Screen(
-            function.__name__, json=json, quiet=quiet, debug=debug, strict=strict, offline=offline, color=color
+            function.__name__,
+            json=json,
+            quiet=quiet,
+            debug=debug,
+            strict=strict,
+            offline=offline,
+            color=color,
         )
         environment.quiet_libraries(offline=screen.offline)
         try:
@@ -259,7 +292,9 @@ def usage(message: str, help: str | None = None) -> BadInput:
 def _console(stream: TextIO, color: Color) -> Console:
     plain = color == "never" or (color == "auto" and environment.variable("NO_COLOR") is not None)
     force = True if color == "always" else None
-    return Console(file=stream, no_color=plain, force_terminal=force, color_system=None if plain else "auto")
+    return Console(
+        file=stream, no_color=plain, force_terminal=force, color_system=None if plain else "auto"
+    )
 
 
 def _block(head: str, message: str, where: object, help: str | None) -> str:

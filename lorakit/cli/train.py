@@ -2,9 +2,8 @@
 
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,6 +18,9 @@ from lorakit.cli.screen import (
     usage,
 )
 
+if TYPE_CHECKING:
+    from lorakit.training.folder import Mode
+
 
 @command
 def train(
@@ -26,29 +28,33 @@ def train(
     recipe: RecipeArgument = "",
     changes: SetOption = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder; else output_dir.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
-    resume_or_start: Annotated[
-        bool, typer.Option("--resume-or-start", help="Go on where there is a checkpoint, else start.")
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the run that is there.")] = False,
+    resume_or_start: Annotated[
+        bool,
+        typer.Option("--resume-or-start", help="Go on where there is a checkpoint, else start."),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Remove the run that is there.")
+    ] = False,
     allow_inexact: Annotated[
         bool, typer.Option("--allow-inexact", help="Resume although something changed.")
     ] = False,
-    max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after this many steps.")] = None,
+    max_steps: Annotated[
+        int | None, typer.Option(min=1, help="Stop after this many steps.")
+    ] = None,
     nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
     allow_local_code: AllowLocalCode = False,
     allow_remote_code: AllowRemoteCode = False,
 ) -> None:
     """Train the adapter of a recipe, and merge it where the recipe asks for that."""
-    modes = [
-        name
-        for name, chosen in (
-            ("resume", resume),
-            ("resume-or-start", resume_or_start),
-            ("overwrite", overwrite),
-        )
-        if chosen
-    ]
+    asked: dict[Mode, bool] = {
+        "resume": resume,
+        "resume-or-start": resume_or_start,
+        "overwrite": overwrite,
+    }
+    modes = [mode for mode, chosen in asked.items() if chosen]
     if len(modes) > 1:
         raise usage(f"--{modes[0]} and --{modes[1]} do not go together")
     if nproc > 1 and environment.variable("WORLD_SIZE") is None:
@@ -65,7 +71,9 @@ def train(
 
     loaded = read_recipe(screen, recipe, overrides, allow_remote_code=allow_remote_code)
     permissions = Permissions(screen.offline, allow_local_code, allow_remote_code)
-    result = run(screen, loaded, permissions, modes[0] if modes else "start", allow_inexact=allow_inexact)
+    result = run(
+        screen, loaded, permissions, modes[0] if modes else "start", allow_inexact=allow_inexact
+    )
     if result is not None:
         screen.result(result.text, result.facts)
 

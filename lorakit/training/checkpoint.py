@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
-from lorakit.errors import BadInput, Notice, Place, RunFailed
+from lorakit.errors import BadInput, EnvironmentLacks, Notice, Place, RunFailed
 from lorakit.storage import strict_json
 from lorakit.storage.manifest import check_manifest, write_manifest
 from lorakit.storage.publish import publish_folder, remove_folder
 from lorakit.storage.tensors import TensorFile, write_tensors
 
 NAME = re.compile(r"step-(\d{6,})")
+SCHEMA = 1
 RESUME_HELP = "run without --resume, or with --resume-or-start"
 
 
@@ -73,7 +74,7 @@ def save(
     with publish_folder(target, replace=True) as folder:
         save_adapter(folder / "adapter")
         write_tensors(folder / "optimizer.safetensors", optimizer, {"format": "pt"})
-        written = {"state": asdict(state), "pinned": dict(pinned)}
+        written = {"schema": SCHEMA, "state": asdict(state), "pinned": dict(pinned)}
         (folder / "state.json").write_text(strict_json.dumps(written), encoding="utf-8")
         write_manifest(folder)
     if reason := check_manifest(target):
@@ -103,7 +104,11 @@ def newest(checkpoints: Path) -> tuple[Checkpoint | None, list[Notice]]:
             continue
         going_on = f"; resuming from step {step}"
         notices = [
-            Notice("checkpoint.skipped", f"skipped step {bad}: {why}{going_on}", Place(str(checkpoints)))
+            Notice(
+                "checkpoint.skipped",
+                f"skipped step {bad}: {why}{going_on}",
+                Place(str(checkpoints)),
+            )
             for bad, why in skipped
         ]
         return _open(folder), notices
@@ -133,7 +138,9 @@ def check_unchanged(
         if checkpoint.pinned.get(name) != pinned.get(name)
     }
     if differs and not allow_inexact:
-        changes = "; ".join(f"{name} was {old!r} and is {new!r}" for name, (old, new) in differs.items())
+        changes = "; ".join(
+            f"{name} was {old!r} and is {new!r}" for name, (old, new) in differs.items()
+        )
         raise BadInput(
             "checkpoint.changed",
             f"the run would not go on as it began: {changes}",
@@ -152,4 +159,11 @@ def _steps(checkpoints: Path) -> list[int]:
 
 def _open(folder: Path) -> Checkpoint:
     written = strict_json.read(folder / "state.json", "checkpoint")
+    if written["schema"] > SCHEMA:
+        raise EnvironmentLacks(
+            "checkpoint.newer",
+            f"a newer lorakit wrote this checkpoint (schema {written['schema']}, known {SCHEMA})",
+            where=str(folder),
+            help="pip install --upgrade lorakit",
+        )
     return Checkpoint(folder, State(**written["state"]), written["pinned"])

@@ -109,10 +109,17 @@ def _found(path: Path, mode: Mode, runtime: Runtime) -> RunFolder:
 
 
 def check_free(path: Path, mode: Mode) -> None:
+    """Check that a run may use the folder, before anything is written.
+
+    Raises:
+        BadInput: when it holds something that this mode must not touch.
+    """
     if not path.exists():
         return
     if not path.is_dir():
-        raise BadInput("output.not-empty", "the run's folder is a file", where=str(path), help="use --out")
+        raise BadInput(
+            "output.not-empty", "the run's folder is a file", where=str(path), help="use --out"
+        )
     present = {entry.name for entry in path.iterdir()} - OURS
     if not present or mode in ("resume", "resume-or-start"):
         return

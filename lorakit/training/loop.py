@@ -8,6 +8,8 @@ gradient. A step whose loss or gradient is not finite changes nothing.
 import itertools
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +33,7 @@ from lorakit.training import checkpoint, optim, passports
 from lorakit.training.checkpoint import State
 from lorakit.training.folder import RunFolder
 from lorakit.training.plan import Plan
-from lorakit.training.progress import Reporter, StepRecord
+from lorakit.training.progress import GIB, Reporter, StepRecord
 
 # fp16 gradients underflow; the loss is scaled up, and the scale halves when they overflow.
 FP16_SCALE = 2.0**16
@@ -105,15 +107,29 @@ def train(
     if folder.resume:
         changed = checkpoint.check_unchanged(folder.resume, pinned, allow_inexact=allow_inexact)
         folder.note_resume(changed)
-    run = prepare(plan, runtime, folder, reporter, stop, pinned)
+    with memory_errors(plan):
+        run = prepare(plan, runtime, folder, reporter, stop, pinned)
+        carry_out(run)
+    if runtime.is_main:
+        with publish_folder(folder.adapter, replace=True) as path:
+            save_adapter(run, path)
+    runtime.wait()
+    return outcome(run)
+
+
+def carry_out(run: Run) -> None:
+    """Take the steps that are left; evaluate, save and stop where it is due."""
+    plan, stop = run.plan, run.stop
     settings, steps = plan.recipe.train, plan.steps
-    with reporter:
+    with run.reporter:
         for index in range(run.state.step, steps.total):
             step(run, index)
             done, last = index + 1, index + 1 == steps.total
             evaluates = plan.dataset.eval and due(done, settings.eval_every, steps.per_epoch)
             saves = due(done, settings.save_every, steps.per_epoch)
-            stopping = settle(run, keep=0 if last or evaluates or saves or not runtime.lags else 1)
+            stopping = settle(
+                run, keep=0 if last or evaluates or saves or not run.runtime.lags else 1
+            )
             if evaluates or (last and plan.dataset.eval):
                 evaluate(run)
             if saves or last or stopping:
@@ -121,16 +137,12 @@ def train(
             if stopping and not last:
                 raise Interrupted(
                     "run.interrupted",
-                    f"stopped by {stop.signal.name if stop.signal else 'a signal'} after step {done}; "
+                    f"stopped by {stop.signal.name if stop.signal else 'a signal'} "
+                    f"after step {done}; "
                     "its checkpoint is written",
-                    where=str(folder.checkpoints),
+                    where=str(run.folder.checkpoints),
                     help="run the same command with --resume",
                 )
-    if runtime.is_main:
-        with publish_folder(folder.adapter, replace=True) as path:
-            save_adapter(run, path)
-    runtime.wait()
-    return outcome(run)
 
 
 def prepare(
@@ -164,7 +176,9 @@ def prepare(
     run = Run(
         plan, runtime, folder, reporter, stop, model, method, named, gradients, optimizer, pinned
     )
-    run.scale = torch.tensor(FP16_SCALE if plan.dtype is torch.float16 else 1.0, device=runtime.device)
+    run.scale = torch.tensor(
+        FP16_SCALE if plan.dtype is torch.float16 else 1.0, device=runtime.device
+    )
     if resume:
         run.state, run.first_token = resume.state, resume.state.tokens
         run.scale.fill_(resume.state.loss_scale)
@@ -182,10 +196,10 @@ def step(run: Run, index: int) -> None:
     tokens, trained = plan.steps.tokens_of(index)
     for batch in plan.steps.step(index):
         loss = token_loss(run.model, put(batch, run.runtime.device)) / trained
-        (loss * run.scale).backward()
+        torch.autograd.backward(loss * run.scale)
         gradients.loss += loss.detach() * run.scale
     if (penalty := run.method.penalty(run.model)) is not None:
-        (penalty * run.scale / run.runtime.processes).backward()
+        torch.autograd.backward(penalty * run.scale / run.runtime.processes)
     gradients.stops += float(run.stop.requested)
     run.runtime.sum(gradients.buffer)
     if watch:
@@ -207,7 +221,7 @@ def step(run: Run, index: int) -> None:
 
 
 def settle(run: Run, keep: int) -> bool:
-    """Read the numbers of all but the newest `keep` steps; tell whether a process was asked to stop.
+    """Read the numbers of all but the newest `keep` steps; tell whether somebody asks to stop.
 
     Raises:
         RunFailed: when a step was not finite and the recipe does not allow to skip it.
@@ -290,7 +304,7 @@ def save(run: Run) -> None:
     run.state.method = run.method.state()
     run.state.loss_scale = run.scale.item()
     if run.runtime.is_main:
-        names = {parameter: name for name, parameter in run.named.items()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in run.named.items()}
         checkpoint.save(
             run.folder.checkpoints,
             run.state,
@@ -307,6 +321,28 @@ def save_adapter(run: Run, path: Path) -> None:
     """Write the adapter with its passport into a folder that somebody else publishes."""
     passport = passports.of_run(run.plan, run.state, run.loss)
     adapters.save(path, run.method, run.model, list(run.plan.sites), passport, run.plan.tokenizer)
+
+
+@contextmanager
+def memory_errors(plan: Plan) -> Iterator[None]:
+    """Say what may help when memory runs out.
+
+    Raises:
+        RunFailed: `run.out-of-memory` in place of torch's own errors.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        out = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not out:
+            raise
+        parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in plan.memory.parts.items())
+        raise RunFailed(
+            "run.out-of-memory",
+            f"memory ran out in micro-batches of up to {plan.steps.micro_batch_tokens:,} tokens "
+            f"(estimate in GiB: {parts}); the last checkpoint is intact",
+            help="set train.micro_batch_size: 1, or train.gradient_checkpointing: true",
+        ) from error
 
 
 def due(step: int, every: int | Literal["epoch"], per_epoch: int) -> bool:

@@ -36,7 +36,9 @@ class Shape:
         hidden, heads = text.hidden_size, text.num_attention_heads
         key_heads = getattr(text, "num_key_value_heads", None) or heads
         head = getattr(text, "head_dim", None) or hidden // heads
-        mlp = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
+        mlp = (
+            getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
+        )
         return cls(hidden, mlp, key_heads * head, heads, text.num_hidden_layers, text.vocab_size)
 
     def activations(self, dtype: torch.dtype) -> int:

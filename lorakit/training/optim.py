@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class Gradients:
         The norm stays on its device. Where it is not finite the gradients are spoilt, and the
         optimizer must not see them.
         """
-        norm = self.flat.norm()
+        norm: Tensor = torch.linalg.vector_norm(self.flat)
         self.flat.mul_((longest / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
@@ -53,7 +54,9 @@ class Gradients:
 
     def first_not_finite(self) -> str | None:
         """Return the name of the first parameter whose gradient holds NaN or infinity."""
-        spoilt = (n for n, p in self.named.items() if p.grad is not None and not p.grad.isfinite().all())
+        spoilt = (
+            n for n, p in self.named.items() if p.grad is not None and not p.grad.isfinite().all()
+        )
         return next(spoilt, None)
 
 
@@ -63,7 +66,7 @@ class Watch:
     def __init__(self, named: Mapping[str, nn.Parameter]) -> None:
         self._missing = dict.fromkeys(named)
         self._hooks = [
-            parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._reached(name))
+            parameter.register_post_accumulate_grad_hook(partial(self._reached, name))  # type: ignore[no-untyped-call]
             for name, parameter in named.items()
         ]
 
@@ -84,7 +87,7 @@ class Watch:
                 help="the loss does not depend on them: adapt other modules, or report this",
             )
 
-    def _reached(self, name: str) -> None:
+    def _reached(self, name: str, _: Tensor) -> None:
         self._missing.pop(name, None)
 
 
@@ -140,7 +143,9 @@ def warmup_steps(section: Train, steps: int) -> int:
     return round(section.warmup * steps) if section.warmup < 1 else int(section.warmup)
 
 
-def state_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
+def state_tensors(
+    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]
+) -> dict[str, Tensor]:
     """Return the optimizer's state as plain tensors named `moment/parameter`."""
     return {
         f"{key}/{names[parameter]}": value
@@ -150,7 +155,9 @@ def state_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter,
 
 
 def load_state_tensors(
-    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer,
+    named: Mapping[str, nn.Parameter],
+    tensors: Mapping[str, Tensor],
 ) -> None:
     """Put back what `state_tensors` returned; the step counts stay where the optimizer keeps them.
 
@@ -167,7 +174,9 @@ def load_state_tensors(
     for name, state in states.items():
         parameter = named[name]
         optimizer.state[parameter] = {
-            moment: value.to(parameter.device) if value.ndim or optimizer.defaults["fused"] else value
+            moment: value.to(parameter.device)
+            if value.ndim or optimizer.defaults["fused"]
+            else value
             for moment, value in state.items()
         }
 

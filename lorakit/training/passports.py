@@ -15,12 +15,8 @@ from lorakit.training.plan import Plan
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
 # Keys that change neither the mathematics nor the order of the data.
-HARMLESS = {
-    "output_dir": ...,
-    "merge": ...,
-    "eval": ...,
-    "train": ("log_every", "save_every", "keep_checkpoints"),
-}
+HARMLESS_SECTIONS = ("output_dir", "merge", "eval")
+HARMLESS_KEYS = ("log_every", "save_every", "keep_checkpoints")
 
 
 def versions() -> dict[str, str]:
@@ -70,11 +66,8 @@ def _mathematics(recipe: Recipe) -> dict[str, Any]:
     """Flatten the keys that change what is computed into `section.key: value`."""
     flat = {}
     for section, value in recipe.model_dump(mode="json").items():
-        left_out = HARMLESS.get(section, ())
-        if left_out is ...:
-            continue
-        members = value.items() if isinstance(value, dict) else [("", value)]
-        for key, member in members:
-            if key not in left_out:
+        members = value if isinstance(value, dict) else {"": value}
+        for key, member in members.items():
+            if section not in HARMLESS_SECTIONS and key not in HARMLESS_KEYS:
                 flat[f"{section}.{key}".rstrip(".")] = member
     return flat

@@ -4,10 +4,8 @@ Recipe, `config.json`, tokenizer, data and machine go in; sites, counts, steps, 
 and warnings come out. `train` runs exactly the plan that `plan` prints.
 """
 
-import math
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,15 +20,13 @@ from lorakit.errors import BadInput, Notice
 from lorakit.model import base as base_models
 from lorakit.model.attention import can_pack
 from lorakit.model.base import Base
-from lorakit.model.sites import Site, find_sites
+from lorakit.model.sites import Site, find_sites, uneven
+from lorakit.recipe.rules import unusual
 from lorakit.recipe.sections import Recipe
 from lorakit.runtime import Runtime, resolve_dtype
 from lorakit.training import memory
 from lorakit.training.memory import GIB, Memory
 from lorakit.training.optim import warmup_steps
-
-# Outside this range a LoRA run rarely learns or rarely survives.
-USUAL_RATES = (1e-6, 5e-3)
 
 
 @dataclass(frozen=True)
@@ -85,7 +81,8 @@ class Plan:
             "base": self.base.name,
             "method": self.recipe.adapter.method,
             "sites": [
-                {"name": s.name, "kind": s.kind, "inputs": s.inputs, "outputs": s.outputs} for s in self.sites
+                {"name": s.name, "kind": s.kind, "inputs": s.inputs, "outputs": s.outputs}
+                for s in self.sites
             ],
             "trainable": self.trainable,
             "total": self.total,
@@ -119,7 +116,11 @@ class Plan:
             ("Base", f"{self.base.name}  {self.total / 1e6:,.1f} M parameters  {dtype}"),
             ("Adapter", f"{recipe.adapter.method}  {groups[0]}"),
             *(("", line) for line in groups[1:]),
-            ("Trained", f"{self.trainable:,} of {self.total:,} ({share:.3f} %), file {4 * self.trainable / 2**20:.1f} MiB"),
+            (
+                "Trained",
+                f"{self.trainable:,} of {self.total:,} ({share:.3f} %), "
+                f"file {4 * self.trainable / 2**20:.1f} MiB",
+            ),
             *(("Data" if k == 0 else "", line) for k, line in enumerate(report.lines())),
             ("Steps", self._steps_line()),
             ("Memory", f"{parts}  = {self.memory.total / GIB:.2f} GiB (estimate)"),
@@ -133,11 +134,14 @@ class Plan:
         warm = warmup_steps(train, self.steps.total)
         return (
             f"{self.steps.total} ({self.steps.per_epoch} an epoch x {train.epochs:g}{stop}), "
-            f"batch {train.batch_size}, {train.schedule} {train.learning_rate:g} after {warm} warm-up"
+            f"batch {train.batch_size}, {train.schedule} {train.learning_rate:g} "
+            f"after {warm} warm-up"
         )
 
 
-def make(recipe: Recipe, runtime: Runtime, permissions: Permissions, *, data: Dataset | None = None) -> Plan:
+def make(
+    recipe: Recipe, runtime: Runtime, permissions: Permissions, *, data: Dataset | None = None
+) -> Plan:
     """Work out everything that can be known without weights.
 
     Raises:
@@ -153,18 +157,24 @@ def make(recipe: Recipe, runtime: Runtime, permissions: Permissions, *, data: Da
         cache=cache_folder(),
     )
     skeleton = base_models.skeleton(base, recipe.task)
-    method, sites = choose(recipe, skeleton)
+    method, sites, coverage = choose(recipe, skeleton)
     dtype = resolve_dtype(recipe.model.dtype, runtime.device)
     tokenizer = base_models.load_tokenizer(base)
     dataset = data or prepare_data(recipe, base, tokenizer, permissions)
-    notices = [*base.notices, *_warnings(recipe), *dataset.notices]
+    notices = [*base.notices, *unusual(recipe), *coverage, *dataset.notices]
     packing: Packing = recipe.data.packing
     if packing and (reason := _cannot_pack(method, skeleton)):
         if "packing" in recipe.data.model_fields_set:
-            raise BadInput("recipe.conflict", f"data.packing: {reason}", where=recipe.origin.place("data", "packing"))
+            raise BadInput(
+                "recipe.conflict",
+                f"data.packing: {reason}",
+                where=recipe.origin.place("data", "packing"),
+            )
         packing = False
         notices.append(Notice("run.packing-off", f"rows are padded, not packed: {reason}"))
-    steps = Steps.of(dataset, recipe.train, packing, recipe.seed, runtime, max_length=recipe.data.max_length)
+    steps = Steps.of(
+        dataset, recipe.train, packing, recipe.seed, runtime, max_length=recipe.data.max_length
+    )
     total = sum(p.numel() for p in skeleton.parameters())
     adapters.attach(method, skeleton, sites, seed=recipe.seed)
     trainable = sum(p.numel() for p in adapters.trainable(skeleton).values())
@@ -198,14 +208,16 @@ def make(recipe: Recipe, runtime: Runtime, permissions: Permissions, *, data: Da
     )
 
 
-def choose(recipe: Recipe, skeleton: PreTrainedModel) -> tuple[Method, list[Site]]:
-    """Make the method and find its sites; nothing here needs weights.
+def choose(recipe: Recipe, skeleton: PreTrainedModel) -> tuple[Method, list[Site], list[Notice]]:
+    """Make the method and find its sites, with a notice where layers are covered unevenly.
 
     Raises:
         BadInput: when a target matches nothing, or a rank does not fit.
     """
     method = adapters.get(recipe.adapter.method)(recipe.adapter)
-    return method, method.sites(find_sites(skeleton))
+    candidates = find_sites(skeleton)
+    chosen = method.sites(candidates)
+    return method, chosen, uneven(candidates, chosen)
 
 
 def prepare_data(
@@ -227,21 +239,12 @@ def _cannot_pack(method: Method, skeleton: PreTrainedModel) -> str | None:
     return can_pack(skeleton) if method.packs else f"{method.name()} does not train on packed rows"
 
 
-def _warnings(recipe: Recipe) -> list[Notice]:
-    low, high = USUAL_RATES
-    rate = recipe.train.learning_rate
-    if low <= rate <= high:
-        return []
-    place = recipe.origin.place("train", "learning_rate")
-    text = f"train.learning_rate is {rate:g}; most runs need between {low:g} and {high:g}"
-    return [Notice("recipe.unusual-value", text, place)]
-
-
 def _groups(sites: list[Site], adapted: PreTrainedModel) -> tuple[Group, ...]:
     """Count sites by the last part of their name, their shape and their rank."""
     updates = {layer.name: layer.low_rank() for layer in adapters.layers_of(adapted)}
     ranks = {name: len(update.A) for name, update in updates.items() if update}
     counts = Counter(
-        (site.name.rpartition(".")[2], site.inputs, site.outputs, ranks.get(site.name)) for site in sites
+        (site.name.rpartition(".")[2], site.inputs, site.outputs, ranks.get(site.name))
+        for site in sites
     )
     return tuple(Group(name, n, i, o, rank) for (name, i, o, rank), n in counts.items())

@@ -57,7 +57,10 @@ class Reporter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._bar:
             self._bar.stop()
@@ -66,7 +69,9 @@ class Reporter:
         """Record one step; show it when it is due."""
         left = self._left(record.step)
         if self._bar and self._task is not None:
-            self._bar.update(self._task, completed=record.step, description=_line(record, self.steps, left))
+            self._bar.update(
+                self._task, completed=record.step, description=_line(record, self.steps, left)
+            )
         due = record.step % self.log_every == 0 or record.step in (1, self.steps)
         if due:
             self._write(asdict(record))

@@ -67,7 +67,7 @@ def test_a_parameter_without_gradient_is_named() -> None:
     named = two_tensors()
     watch = optim.Gradients(named).watch()
     named["A"].sum().backward()
-    with pytest.raises(RunFailed, match="m$") as caught:
+    with pytest.raises(RunFailed, match=r"m$") as caught:
         watch.finish()
     assert caught.value.id == "run.no-gradient"
 
