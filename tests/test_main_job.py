@@ -32,7 +32,9 @@ def lorakit(folder: Path, *arguments: str, exit: int = 0) -> str:
 def run(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> tuple[Path, dict[str, Any]]:
     """A few steps of the quick start; all tests look at the same run."""
     folder = tmp_path_factory.mktemp("job")
-    trained = lorakit(folder, "train", "quickstart", "--max-steps", str(STEPS), "--out", "run", "--json")
+    trained = lorakit(
+        folder, "train", "quickstart", "--max-steps", str(STEPS), "--out", "run", "--json"
+    )
     return folder, json.loads(trained)
 
 
@@ -40,7 +42,9 @@ def test_training_says_what_it_did(run: tuple[Path, dict[str, Any]]) -> None:
     folder, result = run
     assert result["ok"]
     assert result["steps"] == STEPS
-    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[-1] < 0.6 * losses[0]
     assert json.loads((folder / "run" / "run.json").read_text())["status"] == "finished"
@@ -57,15 +61,32 @@ def test_the_merged_model_is_an_ordinary_one_and_agrees(run: tuple[Path, dict[st
 
 def test_eval_measures_adapter_and_base_and_judges(run: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = run
-    gates = ["--set", "eval.gates={loss: {max: base - 20%}}", "--set", "eval.metrics=[loss, stop_rate]"]
+    gates = [
+        "--set",
+        "eval.gates={loss: {max: base - 20%}}",
+        "--set",
+        "eval.metrics=[loss, stop_rate]",
+    ]
     report = json.loads(
-        lorakit(folder, "eval", "quickstart", "--adapter", "run/adapter", "--limit", "4", *gates, "--json")
+        lorakit(
+            folder,
+            "eval",
+            "quickstart",
+            "--adapter",
+            "run/adapter",
+            "--limit",
+            "4",
+            *gates,
+            "--json",
+        )
     )
     loss = report["metrics"]["loss"]
     assert loss["adapter"] < 0.8 * loss["base"]
     assert [gate["passed"] for gate in report["gates"]] == [True]
     missed = ["--set", "eval.gates={loss: {max: 0.0001}}", "--set", "eval.metrics=[loss]"]
-    lorakit(folder, "eval", "quickstart", "--adapter", "run/adapter", "--limit", "4", *missed, exit=1)
+    lorakit(
+        folder, "eval", "quickstart", "--adapter", "run/adapter", "--limit", "4", *missed, exit=1
+    )
 
 
 def test_generate_prints_the_answer_alone(run: tuple[Path, dict[str, Any]]) -> None:
@@ -76,7 +97,9 @@ def test_generate_prints_the_answer_alone(run: tuple[Path, dict[str, Any]]) -> N
     assert prompt not in answer
 
 
-def test_a_finished_run_is_neither_overwritten_nor_trained_twice(run: tuple[Path, dict[str, Any]]) -> None:
+def test_a_finished_run_is_neither_overwritten_nor_trained_twice(
+    run: tuple[Path, dict[str, Any]],
+) -> None:
     folder, _ = run
     again = ["train", "quickstart", "--max-steps", str(STEPS), "--out", "run", "--json"]
     refused = json.loads(lorakit(folder, *again, exit=2))

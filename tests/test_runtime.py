@@ -79,7 +79,9 @@ def test_cores_are_those_this_process_may_use() -> None:
 
 @pytest.mark.slow  # starts Python three times
 def test_a_launched_command_hands_its_exit_code_on() -> None:
-    program = "import sys; from lorakit.runtime import launch; sys.exit(launch(['no-such-command'], 2))"
+    program = (
+        "import sys; from lorakit.runtime import launch; sys.exit(launch(['no-such-command'], 2))"
+    )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ended.returncode == 2
     assert "No such command" in ended.stderr

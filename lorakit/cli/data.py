@@ -127,7 +127,7 @@ def _opened(
     from lorakit.environment import cache_folder
     from lorakit.model import base
 
-    loaded = read_recipe(screen, recipe, changes, allow_remote_code=allow_remote_code)
+    loaded = read_recipe(recipe, changes)
     found = base.find(
         loaded.model,
         loaded.origin.folder,

@@ -86,7 +86,7 @@ def _recipe(
     from lorakit.errors import LorakitError
     from lorakit.model import base
 
-    recipe = read_recipe(screen, name, changes, allow_remote_code=allow_remote_code)
+    recipe = read_recipe(name, changes)
     try:
         found = base.find(
             recipe.model,

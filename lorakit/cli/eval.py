@@ -72,7 +72,7 @@ def eval(
     from lorakit.evaluation.run import evaluate
 
     started = time.monotonic()
-    loaded = read_recipe(screen, recipe, changes, allow_remote_code=allow_remote_code)
+    loaded = read_recipe(recipe, changes)
     place = None if base_only else adapter or loaded.run_folder / "adapter"
     subject = _opened(screen, loaded, place, allow_remote_code=allow_remote_code)
     task = _task(screen, loaded, subject, limit, allow_local_code=allow_local_code)

@@ -23,7 +23,7 @@ def plan(
     from lorakit.runtime import start
     from lorakit.training.plan import Permissions, make
 
-    loaded = read_recipe(screen, recipe, changes, allow_remote_code=allow_remote_code)
+    loaded = read_recipe(recipe, changes)
     permissions = Permissions(screen.offline, allow_local_code, allow_remote_code)
     made = make(loaded, start(), permissions)
     screen.notice(*made.notices)

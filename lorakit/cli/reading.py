@@ -4,42 +4,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lorakit import adapters, environment
-from lorakit.cli.screen import Screen, usage
-from lorakit.errors import Notice
+from lorakit.cli.screen import usage
 from lorakit.recipe.reader import read
 from lorakit.recipe.sections import Recipe
 
 FOLDER = Path("recipes")
 
 
-def read_recipe(
-    screen: Screen,
-    argument: str,
-    overrides: Sequence[str] | None,
-    *,
-    allow_remote_code: bool = False,
-) -> Recipe:
+def read_recipe(argument: str, overrides: Sequence[str] | None) -> Recipe:
     """Read a recipe with its overrides; without an argument take the only one in `recipes/`.
 
     Raises:
         BadInput: when there is no recipe to take, or the recipe has problems.
     """
-    recipe = read(
+    return read(
         argument or _only_recipe(),
         adapters.settings_for,
         list(overrides or ()),
         environ=environment.all_variables(),
         foreign=adapters.foreign,
     )
-    if recipe.model.trust_remote_code and not allow_remote_code:
-        screen.notice(
-            Notice(
-                "security.remote-code",
-                "model.trust_remote_code has no effect without --allow-remote-code",
-                recipe.origin.place("model", "trust_remote_code"),
-            )
-        )
-    return recipe
 
 
 def _only_recipe() -> str:

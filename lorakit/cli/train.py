@@ -69,7 +69,7 @@ def train(
     from lorakit.cli.running import run
     from lorakit.training.plan import Permissions
 
-    loaded = read_recipe(screen, recipe, overrides, allow_remote_code=allow_remote_code)
+    loaded = read_recipe(recipe, overrides)
     permissions = Permissions(screen.offline, allow_local_code, allow_remote_code)
     result = run(
         screen, loaded, permissions, modes[0] if modes else "start", allow_inexact=allow_inexact

@@ -132,10 +132,11 @@ def verdict(report: Mapping[str, Any]) -> str:
     if "skipped" in found:
         return f"files read back equal; logits not compared: {found['skipped']}"
     agreeing = round(found["argmax_agreement"] * found["positions"])
+    kept = "" if found["effect_kept"] is None else f" ({found['effect_kept']:.0%} of it kept)"
     return (
         f"{found['prompts']} prompts: max logit difference {found['max_abs']:.2g} "
         f"({found['relative_l2']:.1e} of the norm, {report['dtype']} bound {found['bound']:.1e}), "
-        f"argmax {agreeing}/{found['positions']}, distance to base {found['base_distance']:.3g}"
+        f"argmax {agreeing}/{found['positions']}, distance to base {found['base_distance']:.3g}{kept}"
     )
 
 
@@ -154,13 +155,12 @@ def _compared(plan: Plan, folder: Path, runtime: Runtime) -> dict[str, Any]:
         return {"skipped": f"needs {needed / GIB:.1f} GiB, {free / GIB:.1f} GiB are free"}
     found = compare_logits(plan.saved, plan.base, folder, plan.dtype, runtime)
     if not found.ok:
+        report = {"verify": found.facts(), "dtype": _name(plan.dtype)}
         raise CheckFailed(
             "check.merge",
-            f"the merged model's logits differ from those of base and adapter by "
-            f"{found.relative:.1e} of their norm, {_name(plan.dtype)} explains {found.bound:.1e}; "
-            f"largest difference {found.max_abs:.3g}, argmax agreement "
-            f"{found.argmax_agreement:.1%}, distance to the base {found.distance:.3g}",
-            help="nothing was published; --no-verify merges without this check",
+            f"the merged model is not base and adapter in one; {verdict(report)}",
+            help="nothing was published; where rounding swallows a light adapter, --dtype fp32 keeps "
+            "it, and --no-verify merges without this check",
         )
     return found.facts()
 

@@ -2,7 +2,9 @@
 
 The bound of the second follows from one matrix product whose weight was rounded (measured over
 sizes 256 to 2,048 and ranks 8 to 64). A decoder layer has four such products in a row, and their
-errors add up like random ones.
+errors add up like random ones. It is wide beside what a light adapter does, so the adapter's effect
+itself is looked for as well: rounding to bf16 swallows changes far below a weight's last place
+(SmolLM2, all linear layers: 93 % of the effect stay after a real run, 41 % after one small step).
 """
 
 from collections.abc import Sequence
@@ -27,6 +29,7 @@ from lorakit.runtime import Runtime
 _AUTO: Any = AutoModelForCausalLM
 
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
+KEPT = (0.1, 1.5)  # share of the adapter's effect
 PRODUCTS = 4  # in a row, in one decoder layer
 SPARE = 1.2  # of the weights: what loading and a forward pass take besides
 GIB = 1 << 30
@@ -57,7 +60,8 @@ class Logits:
     """Base with adapter against merged model, over all positions of the probe prompts.
 
     `relative` is the difference's norm over that of the logits; `distance` is how far the adapter
-    moves the base's logits at most.
+    moves the base's logits at most; `kept` is the share of that move which the merged model makes:
+    0 is the base, 1 all of it. It is None where the adapter moves nothing.
     """
 
     prompts: int
@@ -67,10 +71,12 @@ class Logits:
     bound: float
     argmax_agreement: float
     distance: float
+    kept: float | None
 
     @property
     def ok(self) -> bool:
-        return self.relative <= self.bound
+        least, most = KEPT
+        return self.relative <= self.bound and (self.kept is None or least <= self.kept <= most)
 
     def facts(self) -> dict[str, Any]:
         """Return the numbers for `merge_report.json`."""
@@ -82,6 +88,7 @@ class Logits:
             "bound": self.bound,
             "argmax_agreement": self.argmax_agreement,
             "base_distance": self.distance,
+            "effect_kept": self.kept,
             "ok": self.ok,
         }
 
@@ -154,6 +161,8 @@ def compare_logits(
         plain = _logits(model, prompts)
     del model
     merged = _logits(_load_merged(folder, base, compute, runtime), prompts)
+    effect = (adapted - plain).double()
+    strength = float(effect.square().sum())
     depth = PRODUCTS * base.config.get_text_config().num_hidden_layers
     return Logits(
         prompts=len(prompts),
@@ -162,7 +171,8 @@ def compare_logits(
         relative=float((adapted - merged).norm() / adapted.norm()),
         bound=BOUNDS[dtype] * depth**0.5,
         argmax_agreement=float((adapted.argmax(-1) == merged.argmax(-1)).double().mean()),
-        distance=float((adapted - plain).abs().max()),
+        distance=float(effect.abs().max()),
+        kept=float((effect * (merged - plain)).sum()) / strength if strength else None,
     )
 
 

@@ -161,6 +161,8 @@ def make(
     dtype = resolve_dtype(recipe.model.dtype, runtime.device)
     tokenizer = base_models.load_tokenizer(base)
     dataset = data or prepare_data(recipe, base, tokenizer, permissions)
+    # What is saved beside the adapter is the template that its rows were rendered with.
+    tokenizer.chat_template = dataset.chat_template
     notices = [*base.notices, *unusual(recipe), *coverage, *dataset.notices]
     packing: Packing = recipe.data.packing
     if packing and (reason := _cannot_pack(method, skeleton)):

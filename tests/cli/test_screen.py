@@ -9,7 +9,15 @@ import typer
 from typer.testing import CliRunner
 
 from lorakit.cli.screen import Screen, command
-from lorakit.errors import BadInput, CheckFailed, EnvironmentLacks, Notice, Place, RecipeError, RunFailed
+from lorakit.errors import (
+    BadInput,
+    CheckFailed,
+    EnvironmentLacks,
+    Notice,
+    Place,
+    RecipeError,
+    RunFailed,
+)
 
 runner = CliRunner()
 SECRET = "hf_" + "a" * 30
@@ -95,7 +103,9 @@ def test_a_recipe_shows_all_its_problems_sorted_by_line() -> None:
     assert document["error"] == document["errors"][0]
 
 
-def test_what_nobody_foresaw_is_one_line_and_a_crash_file_for_the_user_alone(tmp_path: Path) -> None:
+def test_what_nobody_foresaw_is_one_line_and_a_crash_file_for_the_user_alone(
+    tmp_path: Path,
+) -> None:
     ended = runner.invoke(app_that(fail_with(ZeroDivisionError("by zero"))))
     assert ended.exit_code == 70
     assert "Traceback" not in ended.stderr
@@ -119,7 +129,9 @@ def test_strict_turns_a_warning_into_an_error() -> None:
     assert "--strict: 3 rows" in ended.stderr
 
 
-def test_secrets_never_reach_a_stream_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_never_reach_a_stream_or_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MY_API_KEY", "correct-horse-battery")
 
     def act(screen: Screen) -> None:

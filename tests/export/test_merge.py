@@ -284,10 +284,35 @@ def test_logits_that_differ_fail_the_check(tmp_path: Path, monkeypatch: pytest.M
         "merged",
         lambda self, base, rows: {"weight": honest(self, base, rows)["weight"] * 1.01},
     )
-    with pytest.raises(CheckFailed, match="logits differ") as caught:
+    with pytest.raises(CheckFailed, match="not base and adapter in one") as caught:
         run(saved, base, tmp_path / "merged")
     assert caught.value.id == "check.merge"
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("factor", [0.0, 2.0])
+def test_an_effect_that_is_lost_or_doubled_fails_the_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float
+):
+    """So light an adapter that the bound alone, made for bf16, would let anything pass."""
+    base = find_base(write_tiny_model(tmp_path / "base"))
+    light = {"size": 1e-3, "target_modules": ("down_proj",)}
+    saved = save_adapter(base, tmp_path / "adapter", "lora", **light)
+    kept = run(saved, base, tmp_path / "merged")["verify"]["effect_kept"]
+    assert kept == pytest.approx(1, abs=1e-3)
+    layer = type(
+        next(iter(adapters.merge_layers(saved, find_sites(bases.skeleton(base))).values()))
+    )
+    honest = layer.merged
+
+    def wrong(self: Any, base: dict[str, torch.Tensor], rows: slice) -> dict[str, torch.Tensor]:
+        merged = honest(self, base, rows)["weight"]
+        return {"weight": torch.lerp(base["weight"], merged, factor) + 1e-9}
+
+    monkeypatch.setattr(layer, "merged", wrong)
+    monkeypatch.setattr("lorakit.export.verify.BOUNDS", {torch.float32: 1.0})
+    with pytest.raises(CheckFailed, match=rf"\({factor:.0%} of it kept\)"):
+        run(saved, base, tmp_path / "wrong")
 
 
 def test_the_second_check_is_skipped_where_memory_is_short(
