@@ -246,7 +246,13 @@ BAD_SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("case", BAD_SETTINGS)
+# A backtracking pattern is stopped after a second of processor time, and not before.
+SLOW = pytest.param("backtracking", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "case", [SLOW if name == "backtracking" else name for name in BAD_SETTINGS]
+)
 def test_bad_settings_are_refused(folder, case):
     changes, id, *words = BAD_SETTINGS[case]
     configure(folder, **changes)
