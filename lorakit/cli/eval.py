@@ -2,8 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,16 +20,9 @@ from lorakit.cli.screen import (
 from lorakit.errors import BadInput
 
 if TYPE_CHECKING:
-    import torch
     from rich.console import Group
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from lorakit.adapters import Saved
     from lorakit.evaluation.report import Report
-    from lorakit.evaluation.run import Task
-    from lorakit.model.base import Base
-    from lorakit.recipe.sections import Recipe
-    from lorakit.runtime import Runtime
 
 SUMMARY_BYTES = 900 << 10  # of GitHub's step summary, which refuses more than 1 MiB
 
@@ -65,6 +56,7 @@ def eval(
     if update_baseline and baseline is None:
         raise usage("--update-baseline needs --baseline FILE")
 
+    from lorakit.cli.measuring import facts_of, opened, task_of
     from lorakit.cli.reading import read_recipe
     from lorakit.evaluation import baseline as baselines
     from lorakit.evaluation.gates import judge, limits, verdict
@@ -74,9 +66,9 @@ def eval(
     started = time.monotonic()
     loaded = read_recipe(recipe, changes)
     place = None if base_only else adapter or loaded.run_folder / "adapter"
-    subject = _opened(screen, loaded, place, allow_remote_code=allow_remote_code)
-    task = _task(screen, loaded, subject, limit, allow_local_code=allow_local_code)
-    facts = _facts(loaded, subject, task, limit)
+    subject = opened(screen, loaded, place, allow_remote_code=allow_remote_code)
+    task = task_of(screen, loaded, subject, limit, allow_local_code=allow_local_code)
+    facts = facts_of(loaded, subject, task, limit)
     known = _known(screen, baseline, facts, update=update_baseline)
     model = subject.load(loaded)
     with screen.progress("Evaluating", task.size * (1 if base_only else 2)) as advance:
@@ -91,143 +83,14 @@ def eval(
     facts |= {"wall_seconds": round(time.monotonic() - started, 1)}
     report = Report(loaded.origin.name, results, judged, known, facts)
     asked = [(junit, "junit.xml"), (markdown, "summary.md"), (samples, "samples.jsonl")]
-    _write(screen, report, subject, asked)
+    _write(screen, report, subject.run, asked)
     error = verdict(judged)
-    screen.result(_shown(report), report.document(), exit=report.exit)
+    told = {"error": {"id": error.id, "message": error.message}} if error else {}
+    screen.result(_shown(report), report.document() | told, exit=report.exit)
     if error and screen.json:
         raise typer.Exit(error.exit_code)
     if error:
         raise error
-
-
-@dataclass(frozen=True)
-class _Subject:
-    """What is measured: a base, and the adapter on it if there is one."""
-
-    saved: "Saved | None"
-    path: Path | None
-    base: "Base"
-    tokenizer: "PreTrainedTokenizerBase"
-    runtime: "Runtime"
-    dtype: "torch.dtype"
-
-    @property
-    def packs(self) -> bool:
-        """Tell whether rows may share a sequence."""
-        from lorakit.model.attention import can_pack
-
-        packs = self.saved is None or self.saved.method().packs
-        return packs and can_pack(self.base.config) is None
-
-    def load(self, loaded: "Recipe") -> "PreTrainedModel":
-        """Load the base and put the adapter onto it."""
-        from lorakit.adapters import attach_saved
-        from lorakit.model.base import load
-        from lorakit.model.sites import find_sites
-
-        attention = loaded.model.attention
-        model = load(self.base, device=self.runtime.device, dtype=self.dtype, attention=attention)
-        if self.saved:
-            attach_saved(self.saved, model, find_sites(model))
-        return model
-
-
-def _opened(
-    screen: Screen, loaded: "Recipe", place: Path | None, *, allow_remote_code: bool
-) -> _Subject:
-    """Read the adapter and find its base; no weight of the base is loaded."""
-    from lorakit.adapters import check_base, read
-    from lorakit.model import base as bases
-    from lorakit.runtime import resolve_dtype, start
-
-    if place and not place.exists():
-        raise BadInput(
-            "adapter.not-found",
-            "there is no adapter to measure",
-            where=str(place),
-            help=f"lorakit train {loaded.origin.path}, or --adapter DIR, or --base-only",
-        )
-    saved = read(place) if place else None
-    base = bases.find(
-        loaded.model,
-        loaded.origin.folder,
-        offline=screen.offline,
-        allow_remote_code=allow_remote_code,
-        cache=environment.cache_folder(),
-    )
-    screen.notice(*base.notices, *(saved.notices if saved else ()))
-    if saved and (notice := check_base(saved, base)):
-        screen.notice(notice)
-    runtime = start()
-    dtype = resolve_dtype(loaded.model.dtype, runtime.device)
-    return _Subject(saved, place, base, bases.load_tokenizer(base), runtime, dtype)
-
-
-def _task(
-    screen: Screen,
-    loaded: "Recipe",
-    subject: _Subject,
-    limit: int | None,
-    *,
-    allow_local_code: bool,
-) -> "Task":
-    """Prepare the rows of `eval.data`, else of `data.eval`; the first ones under `--limit`."""
-    from lorakit.data.prepare import prepare
-    from lorakit.evaluation.run import Task
-
-    if loaded.eval.data is None and loaded.data.eval is None:
-        raise BadInput(
-            "eval.no-data",
-            "the recipe names no rows to measure on",
-            where=loaded.origin.place("eval"),
-            help="set eval.data, or data.eval: 0.05",
-        )
-    with screen.progress("Reading the data", None) as advance:
-        dataset = prepare(
-            loaded.data,
-            subject.tokenizer,
-            subject.base.context,
-            folder=loaded.origin.folder,
-            seed=loaded.seed,
-            offline=screen.offline,
-            allow_local_code=allow_local_code,
-            eval_sources=loaded.eval.data,
-            only="eval",
-            advance=advance,
-        )
-    screen.notice(*dataset.notices)
-    examples = dataset.eval[:limit]
-    places = {example.place for example in examples}
-    prompts = [prompt for prompt in dataset.eval_prompts if prompt.place in places]
-    return Task(
-        examples, prompts, loaded.eval, dataset.stop_ids, seed=loaded.seed, packing=subject.packs
-    )
-
-
-def _facts(loaded: "Recipe", subject: _Subject, task: "Task", limit: int | None) -> dict[str, Any]:
-    """Return what the figures depend on."""
-    from lorakit.storage.hashing import sha256_file, sha256_json
-    from lorakit.training.passports import versions
-
-    section, saved = loaded.eval, subject.saved
-    return {
-        "recipe": str(loaded.origin.path),
-        "recipe_sha256": sha256_json(loaded.model_dump(mode="json")),
-        "adapter": str(subject.path) if subject.path else None,
-        "adapter_sha256": sha256_file(Path(saved.file)) if saved else None,
-        "base_model": subject.base.name,
-        "base_revision": subject.base.revision,
-        "data_sha256": task.sha256,
-        "normalize": list(section.normalize),
-        "generate": section.generate.model_dump(),
-        "seed": task.seed,
-        "packing": task.packing,
-        "limit": limit,
-        "versions": versions(),
-        "device": subject.runtime.describe(),
-        "dtype": str(subject.dtype).removeprefix("torch."),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
 
 
 def _known(
@@ -248,9 +111,12 @@ def _known(
 
 
 def _write(
-    screen: Screen, report: "Report", subject: _Subject, asked: Sequence[tuple[Path | None, str]]
+    screen: Screen,
+    report: "Report",
+    run: Path | None,
+    asked: Sequence[tuple[Path | None, str]],
 ) -> None:
-    """Write the files that were asked for, and all of them into the adapter's run if it has one."""
+    """Write the files that were asked for, and all of them into the run's folder."""
     from lorakit.storage.disk import append_line
     from lorakit.storage.publish import publish_file, publish_folder
     from lorakit.storage.strict_json import dumps
@@ -261,8 +127,7 @@ def _write(
         "summary.md": report.markdown().encode(),
         "junit.xml": report.junit(),
     }
-    run = subject.saved.folder.parent if subject.saved else None
-    if run and (run / "run.json").is_file():
+    if run:
         with publish_folder(run / "eval", replace=True) as folder:
             for name, content in contents.items():
                 (folder / name).write_bytes(content)

@@ -136,7 +136,8 @@ def verdict(report: Mapping[str, Any]) -> str:
     return (
         f"{found['prompts']} prompts: max logit difference {found['max_abs']:.2g} "
         f"({found['relative_l2']:.1e} of the norm, {report['dtype']} bound {found['bound']:.1e}), "
-        f"argmax {agreeing}/{found['positions']}, distance to base {found['base_distance']:.3g}{kept}"
+        f"argmax {agreeing}/{found['positions']}, "
+        f"distance to base {found['base_distance']:.3g}{kept}"
     )
 
 
@@ -159,8 +160,8 @@ def _compared(plan: Plan, folder: Path, runtime: Runtime) -> dict[str, Any]:
         raise CheckFailed(
             "check.merge",
             f"the merged model is not base and adapter in one; {verdict(report)}",
-            help="nothing was published; where rounding swallows a light adapter, --dtype fp32 keeps "
-            "it, and --no-verify merges without this check",
+            help="nothing was published; where rounding swallows a light adapter, --dtype fp32 "
+            "keeps it, and --no-verify merges without this check",
         )
     return found.facts()
 
