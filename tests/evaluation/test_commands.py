@@ -1,0 +1,165 @@
+"""`lorakit eval`, `generate` and `merge` as a user calls them, on a run made by hand."""
+
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from typer.testing import CliRunner
+
+from lorakit.cli.app import app
+from tests.export.adapters import find_base, save_adapter
+from tests.tiny import write_tiny_model
+
+RECIPE = """
+model: tiny
+adapter: {method: lora, rank: 4}
+data: {train: rows.jsonl, eval: rows.jsonl, system: Be brief.}
+eval:
+  metrics: [loss, json_valid]
+  generate: {max_new_tokens: 4}
+  gates: {loss: {max: GATE}}
+output_dir: run
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a working folder with a base, rows and a run that has an adapter."""
+    folder = tmp_path_factory.mktemp("commands")
+    base = find_base(write_tiny_model(folder / "tiny"))
+    rows = [{"prompt": f"what is {n}?", "completion": f"it is {n}"} for n in range(6)]
+    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    passport = {"recipe": {"data": {"system": "Be brief."}, "model": {"path": "tiny"}}}
+    save_adapter(base, folder / "run" / "adapter", "lora", size=0.2, passport=passport)
+    (folder / "run" / "run.json").write_text("{}")
+    for name, bound in (("pass", "100"), ("fail", "0.001"), ("relative", "baseline + 1%")):
+        (folder / f"{name}.yaml").write_text(RECIPE.replace("GATE", bound))
+    return folder
+
+
+@pytest.fixture
+def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.chdir(folder)
+
+    def call(*arguments: str, input: str | None = None) -> Any:
+        return CliRunner().invoke(app, [*arguments, "--offline"], input=input)
+
+    return call
+
+
+def test_eval_prints_a_table_and_writes_into_the_run(run: Any, folder: Path):
+    result = run("eval", "pass.yaml")
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert lines[0].split() == ["metric", "adapter", "base", "change", "gate", "limit", "result"]
+    assert lines[1].split()[0] == "loss"
+    assert lines[1].split()[-1] == "pass"
+    assert lines[-1] == "All gates passed. 6 rows."
+    written = {path.name for path in (folder / "run" / "eval").iterdir()}
+    assert written == {"results.json", "samples.jsonl", "summary.md", "junit.xml"}
+
+
+def test_a_missed_gate_ends_with_1_and_one_document(run: Any, folder: Path):
+    result = run("eval", "fail.yaml", "--json", "--junit", "out.xml", "--limit", "3")
+    assert result.exit_code == 1
+    document = json.loads(result.stdout)
+    assert (document["ok"], document["exit"]) == (False, 1)
+    assert document["error"]["id"] == "check.gate-missed"
+    assert document["metrics"]["loss"]["n"] == 3
+    assert document["gates"][0]["line"] == 8
+    assert ElementTree.parse(folder / "out.xml").getroot().attrib["failures"] == "1"
+    shown = run("eval", "fail.yaml")
+    assert shown.exit_code == 1
+    assert "FAIL" in shown.stdout
+    assert "error[check.gate-missed]" in shown.stderr
+    assert run("eval", "fail.yaml", "--no-gates").exit_code == 0
+    assert run("eval", "fail.yaml", "--base-only").exit_code == 0
+
+
+def test_a_baseline_is_written_then_compared(run: Any, folder: Path):
+    without = run("eval", "relative.yaml", "--json")
+    assert without.exit_code == 2
+    assert json.loads(without.stdout)["error"]["id"] == "eval.not-computed"
+    assert run("eval", "relative.yaml", "--update-baseline").exit_code == 2
+    made = run("eval", "relative.yaml", "--baseline", "b.json", "--update-baseline")
+    assert made.exit_code == 0, made.output
+    assert str(folder) not in (folder / "b.json").read_text()
+    assert run("eval", "relative.yaml", "--baseline", "b.json").exit_code == 0
+    other_rows = run("eval", "relative.yaml", "--baseline", "b.json", "--limit", "2", "--json")
+    assert json.loads(other_rows.stdout)["error"]["id"] == "eval.baseline-mismatch"
+
+
+def test_eval_without_an_adapter_says_how_to_get_one(run: Any):
+    result = run("eval", "pass.yaml", "--adapter", "nothing", "--json")
+    assert result.exit_code == 2
+    assert json.loads(result.stdout)["error"]["id"] == "adapter.not-found"
+
+
+def test_generate_prints_the_text_alone(run: Any, folder: Path):
+    once = run("generate", "run", "what is 2?", "--max-new-tokens", "5")
+    assert once.exit_code == 0, once.output
+    told = json.loads(
+        run("generate", "run", "-", "--json", "--max-new-tokens", "5", input="what is 2?\n").stdout
+    )
+    assert once.stdout == told["text"] + "\n"
+    assert set(told) >= {"prompt", "text", "base_text", "tokens", "stopped"}
+    assert told["prompt"] == "what is 2?"
+    (folder / "prompts.txt").write_text("what is 2?\n\nwhat is 3?\n")
+    options = ("--prompt-file", "prompts.txt", "--max-new-tokens", "5")
+    both = run("generate", "run", *options, "--compare", "--json")
+    first, second = json.loads(both.stdout)["generations"]
+    assert first["text"] == told["text"]
+    assert first["base_text"] != first["text"]
+    assert second["prompt"] == "what is 3?"
+    assert run("generate", "run").exit_code == 2
+    assert run("generate", "run", "x", "--prompt-file", "prompts.txt").exit_code == 2
+
+
+def test_generate_sees_the_system_message_of_the_training(run: Any):
+    def answer(*more: str) -> str:
+        return run("generate", "run", "what is 2?", "--max-new-tokens", "8", *more).stdout
+
+    assert answer() == answer("--system", "Be brief.")
+    assert answer() != answer("--system", "Be very long about it, and never stop.")
+
+
+def test_merge_finds_the_base_and_tells_what_it_checked(run: Any, folder: Path):
+    result = run("merge", "run", "--out", "merged")
+    assert result.exit_code == 0, result.output
+    assert "tensors changed" in result.stdout
+    assert "Verified  8 prompts" in result.stdout
+    assert (folder / "merged" / "merge_report.json").is_file()
+    again = run("merge", "run", "--out", "merged", "--json")
+    assert (again.exit_code, json.loads(again.stdout)["error"]["id"]) == (2, "output.not-empty")
+    smaller = run(
+        "merge", "run", "--out", "merged", "--overwrite", "--max-shard-size", "50KB", "--json"
+    )
+    document = json.loads(smaller.stdout)
+    assert document["verify"]["ok"]
+    assert len(document["shards"]) > 1
+    assert run("merge", "run", "--out", "other", "--max-shard-size", "big").exit_code == 2
+
+
+def test_merge_asks_for_a_base_that_is_not_here(run: Any, folder: Path, tmp_path: Path):
+    moved = tmp_path / "adapter"
+    moved.mkdir()
+    for path in (folder / "run" / "adapter").iterdir():
+        (moved / path.name).write_bytes(path.read_bytes())
+    passport = json.loads((moved / "lorakit.json").read_text())
+    passport["recipe"]["model"]["path"] = passport["base"]["name"] = "gone"
+    (moved / "lorakit.json").write_text(json.dumps(passport))
+    found = run("merge", str(moved), "--out", str(tmp_path / "found"), "--no-verify")
+    assert found.exit_code == 0, "PEFT's settings still name it"
+    config = json.loads((moved / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "gone"
+    (moved / "adapter_config.json").write_text(json.dumps(config))
+    result = run("merge", str(moved), "--out", str(tmp_path / "out"), "--json")
+    assert result.exit_code == 2
+    error = json.loads(result.stdout)["error"]
+    assert error["id"] == "model.not-found"
+    assert "--base" in error["hint"]
+    out = str(tmp_path / "named")
+    named = run("merge", str(moved), "--out", out, "--base", "tiny", "--no-verify")
+    assert named.exit_code == 0, named.output
