@@ -143,14 +143,15 @@ class Steps:
         rows = np.concatenate([np.append(unit, -1) for unit in units]).astype("<i8")
         return hashlib.sha256(rows.tobytes()).hexdigest()
 
-    def step(self, index: int) -> list[Batch]:
+    def step(self, index: int, *, whole: bool = False) -> list[Batch]:
         """Return this process's micro-batches of an optimizer step, counted from 0 over the run.
 
-        Every process works out all of them and takes its share, which may be empty.
+        Every process works out all of them and takes its share, which may be empty; `whole` gives
+        each of them all.
         """
         units = self._units_of(index)
         groups = self._grouped([int(self._lengths[unit].sum()) for unit in units])
-        mine = groups[self._process :: self._processes]
+        mine = groups if whole else groups[self._process :: self._processes]
         rows = ([int(row) for unit in group for row in units[unit]] for group in mine)
         make = _packed if self._packing else _padded
         return [make(self._examples, some) for some in rows]

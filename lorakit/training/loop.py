@@ -168,7 +168,7 @@ def prepare(
     else:
         method = plan.method
         adapters.attach(method, model, sites, seed=plan.recipe.seed)
-        method.start(model, sites, plan.steps.step(0))
+        method.start(model, sites, plan.steps.step(0, whole=True))
     adapters.set_training(model, True)
     named = adapters.trainable(model)
     optimizer = optim.build(settings, method.param_groups(model, settings.learning_rate))

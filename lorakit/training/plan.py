@@ -218,7 +218,11 @@ def choose(recipe: Recipe, skeleton: PreTrainedModel) -> tuple[Method, list[Site
     """
     method = adapters.get(recipe.adapter.method)(recipe.adapter)
     candidates = find_sites(skeleton)
-    chosen = method.sites(candidates)
+    try:
+        chosen = method.sites(candidates)
+    except BadInput as error:
+        error.where = error.where or recipe.origin.place("adapter", "target_modules")
+        raise
     return method, chosen, uneven(candidates, chosen)
 
 

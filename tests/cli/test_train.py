@@ -1,0 +1,107 @@
+"""`lorakit train` in processes of its own: several of them, and signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.tiny import write_tiny_model
+
+pytestmark = pytest.mark.slow  # each run starts Python and imports torch
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, rows of unequal length, and a recipe over both."""
+    path = tmp_path_factory.mktemp("train")
+    write_tiny_model(path / "model", "llama")
+    with (path / "rows.jsonl").open("w") as file:
+        for n in range(13):
+            row = {"prompt": "ask " * (1 + n % 5), "completion": "answer " * (1 + n % 3)}
+            file.write(json.dumps(row) + "\n")
+    recipe = {
+        "model": {"path": "model", "dtype": "fp32"},
+        "adapter": {"rank": 4},
+        "data": {"train": "rows.jsonl", "eval": 0.2, "max_length": 64},
+        "train": {"epochs": 3, "batch_size": 6, "micro_batch_size": 2, "learning_rate": 0.01},
+    }
+    (path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "lorakit", "train", "recipe.yaml", *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(run: subprocess.Popen[str], exit: int = 0) -> tuple[str, str]:
+    out, err = run.communicate(timeout=120)
+    assert run.returncode == exit, err
+    return out, err
+
+
+def adapter(folder: Path, run: str) -> dict[str, torch.Tensor]:
+    return load_file(folder / run / "adapter" / "adapter_model.safetensors")
+
+
+def losses(folder: Path, run: str) -> list[float]:
+    rows = (folder / run / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(row).get("loss") or json.loads(row)["eval_loss"] for row in rows]
+
+
+def test_two_processes_train_what_one_does(folder: Path) -> None:
+    """The sums over micro-batches are taken in another order: fp32 rounding, through nine steps."""
+    both = [start(folder, "--out", "one"), start(folder, "--out", "two", "--nproc", "2", "--json")]
+    (_, _), (out, _) = [finish(run) for run in both]
+    assert json.loads(out)["steps"] == 6
+    assert losses(folder, "two") == pytest.approx(losses(folder, "one"), rel=1e-5)
+    one, two = adapter(folder, "one"), adapter(folder, "two")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
+    plan = json.loads((folder / "two" / "run.json").read_text())
+    assert plan["processes"] == 2
+    assert plan["status"] == "finished"
+
+
+def test_a_run_that_fails_in_every_process_gives_its_own_exit_code(folder: Path) -> None:
+    run = start(folder, "--out", "refused", "--nproc", "2", "--set", "data.max_length=8")
+    _, err = finish(run, exit=2)
+    assert "error[data." in err
+    assert not (folder / "refused").exists()
+
+
+def test_sigterm_saves_and_exits_75_and_the_resumed_run_is_bit_equal(folder: Path) -> None:
+    slow = ["--set", "train.epochs=60", "--set", "train.log_every=1"]
+    finish(start(folder, "--out", "whole", *slow))
+    cut = start(folder, "--out", "cut", *slow)
+    metrics = folder / "cut" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 5):
+        assert time.monotonic() < deadline
+        assert cut.poll() is None
+        time.sleep(0.01)
+    cut.send_signal(signal.SIGTERM)
+    _, err = finish(cut, exit=75)
+    assert "error[run.interrupted]: stopped by SIGTERM after step" in err
+    assert "--resume" in err
+    assert json.loads((folder / "cut" / "run.json").read_text())["status"] == "interrupted"
+    finish(start(folder, "--out", "cut", "--resume", *slow))
+    whole, resumed = adapter(folder, "whole"), adapter(folder, "cut")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert len(json.loads((folder / "cut" / "run.json").read_text())["resumes"]) == 1
