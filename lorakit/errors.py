@@ -58,7 +58,7 @@ class CheckFailed(LorakitError):
     exit_code = 1
     ids = frozenset(
         """
-        check.gate-missed check.merge check.data check.doctor check.strict
+        check.gate-missed check.merge check.data check.doctor check.strict plan.will-not-fit
         """.split()
     )
 

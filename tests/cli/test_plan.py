@@ -1,0 +1,70 @@
+"""`lorakit plan` says what will happen and whether it fits, without reading a weight."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from lorakit.cli.app import app
+from lorakit.model import base
+from lorakit.runtime import Runtime
+from tests.tiny import write_tiny_model
+
+runner = CliRunner()
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    write_tiny_model(tmp_path / "model", "llama")
+    rows = [{"prompt": "ask " * (1 + n % 3), "completion": "answer"} for n in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "recipe.yaml").write_text(
+        "model: model\n"
+        "adapter: {rank: 4, target_modules: [q_proj, down_proj]}\n"
+        "data: {train: rows.jsonl, max_length: 64}\n"
+        "train: {epochs: 2, batch_size: 8}\n"
+    )
+    return str(tmp_path / "recipe.yaml")
+
+
+def test_the_plan_is_exact_about_sites_parameters_and_steps(
+    recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(base, "load")  # reading weights would fail
+    ended = runner.invoke(app, ["plan", recipe, "--json"])
+    assert ended.exit_code == 0, ended.stderr
+    plan = json.loads(ended.stdout)
+    assert [site["name"].rpartition(".")[2] for site in plan["sites"]] == [
+        "q_proj",
+        "down_proj",
+    ] * 2
+    # q_proj is 32 to 32 and down_proj 48 to 32, in each of 2 layers.
+    assert plan["trainable"] == 2 * 4 * ((32 + 32) + (48 + 32))
+    assert (plan["steps_per_epoch"], plan["steps"]) == (3, 6)
+    assert plan["memory"]["total"] == sum(v for k, v in plan["memory"].items() if k != "total")
+    assert plan["fits"]
+    shown = runner.invoke(app, ["plan", recipe]).stdout
+    assert "q_proj  2 sites  32→32  rank 4" in shown
+    assert "6 (3 an epoch x 2)" in shown
+
+
+def test_a_plan_that_does_not_fit_exits_1(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Runtime, "free_bytes", lambda _: 1000)
+    ended = runner.invoke(app, ["plan", recipe])
+    assert ended.exit_code == 1
+    assert "error[plan.will-not-fit]" in ended.stderr
+    document = json.loads(runner.invoke(app, ["plan", recipe, "--json"]).stdout)
+    assert (document["exit"], document["fits"]) == (1, False)
+
+
+def test_checkpointing_auto_comes_in_when_memory_asks_for_it(
+    recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def planned() -> bool:
+        document = json.loads(runner.invoke(app, ["plan", recipe, "--json"]).stdout)
+        return bool(document["gradient_checkpointing"])
+
+    assert not planned()
+    monkeypatch.setattr(Runtime, "free_bytes", lambda _: 1000)
+    assert planned()
