@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lorakit.adapters import Saved
-    from lorakit.evaluation.generation import Generation
+    from lorakit.evaluation.generation import Decoding, Generation
     from lorakit.model.base import Base
 
 
@@ -49,46 +49,66 @@ def generate(
 
     from lorakit import adapters
     from lorakit.cli.finding import find_base
-    from lorakit.evaluation import generation, prompts
-    from lorakit.model.base import load
-    from lorakit.model.sites import find_sites
-    from lorakit.runtime import resolve_dtype, start
+    from lorakit.evaluation.generation import Decoding
 
     saved = adapters.read(adapter)
     found = find_base(screen, saved, base, allow_remote_code=allow_remote_code)
-    screen.notice(
-        *saved.notices, *found.notices, *filter(None, [adapters.check_base(saved, found)])
-    )
-    tokenizer = _tokenizer(saved, found)
-    recipe = (saved.passport or {}).get("recipe", {})
-    asked, ends = prompts.encode(
-        texts,
-        tokenizer,
-        plain=_is_plain(recipe.get("data", {})),
-        system=recipe.get("data", {}).get("system") if system is None else system,
-        template_sha256=(saved.passport or {}).get("template_sha256"),
-        where=Place(str(saved.folder)),
-    )
-    device = start().device
-    dtype = resolve_dtype(recipe.get("model", {}).get("dtype", "auto"), device)
-    model = load(found, device=device, dtype=dtype)
-    adapters.attach_saved(saved, model, find_sites(model))
-    decoding = generation.Decoding(max_new_tokens, temperature, top_p, seed)
-    ids, stops = [one.ids for one in asked], ends | generation.stop_ids(model, tokenizer)
-    with screen.progress("Generating", len(asked) * (1 + compare)) as advance:
-        ours = generation.generate(model, tokenizer, ids, decoding, stops=stops, advance=advance)
-        theirs: list[Generation | None] = [None] * len(ours)
-        if compare:
-            with adapters.switched_off(model):
-                theirs[:] = generation.generate(
-                    model, tokenizer, ids, decoding, stops=stops, advance=advance
-                )
-    facts = [_facts(*one) for one in zip(texts, ours, theirs, strict=True)]
+    notice = adapters.check_base(saved, found)
+    screen.notice(*saved.notices, *found.notices, *([notice] if notice else []))
+    decoding = Decoding(max_new_tokens, temperature, top_p, seed)
+    facts = _answered(screen, saved, found, texts, decoding, system=system, compare=compare)
     if screen.json:
         screen.result("", facts[0] if prompt else {"generations": facts})
     else:
         # Not through rich, which would replace tabs and :names:.
         typer.echo(_safe("\n\n".join(map(_told, facts)), terminal=screen.out.is_terminal))
+
+
+def _answered(
+    screen: Screen,
+    saved: "Saved",
+    base: "Base",
+    texts: list[str],
+    decoding: "Decoding",
+    *,
+    system: str | None,
+    compare: bool,
+) -> list[dict[str, Any]]:
+    """Load the model and answer all texts, with the base as well when it is compared."""
+    from lorakit.adapters import attach_saved, switched_off
+    from lorakit.evaluation import generation, prompts
+    from lorakit.model.base import load
+    from lorakit.model.sites import find_sites
+    from lorakit.runtime import resolve_dtype, start
+
+    tokenizer = _tokenizer(saved, base)
+    passport: Any = saved.passport or {}
+    recipe = passport.get("recipe", {})
+    data = recipe.get("data", {})
+    asked, ends = prompts.encode(
+        texts,
+        tokenizer,
+        plain=_is_plain(data),
+        system=data.get("system") if system is None else system,
+        template_sha256=passport.get("template_sha256"),
+        where=Place(str(saved.folder)),
+    )
+    device = start().device
+    dtype = resolve_dtype(recipe.get("model", {}).get("dtype", "auto"), device)
+    model = load(base, device=device, dtype=dtype)
+    attach_saved(saved, model, find_sites(model))
+    ids, stops = [one.ids for one in asked], ends | generation.stop_ids(model, tokenizer)
+    with screen.progress("Generating", len(asked) * (1 + compare)) as advance:
+
+        def answers() -> "list[Generation]":
+            return generation.generate(
+                model, tokenizer, ids, decoding, stops=stops, advance=advance
+            )
+
+        ours = answers()
+        with switched_off(model):
+            theirs = answers() if compare else [None] * len(ours)
+    return [_facts(*one) for one in zip(texts, ours, theirs, strict=True)]
 
 
 def _texts(prompt: str | None, file: Path | None) -> list[str]:

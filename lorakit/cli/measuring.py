@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit import adapters, environment
@@ -23,6 +22,9 @@ from lorakit.runtime import Runtime, resolve_dtype, start
 from lorakit.storage.hashing import sha256_file, sha256_json
 from lorakit.training.passports import versions
 
+if TYPE_CHECKING:
+    import torch
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -33,7 +35,7 @@ class Subject:
     base: Base
     tokenizer: PreTrainedTokenizerBase
     runtime: Runtime
-    dtype: torch.dtype
+    dtype: "torch.dtype"
 
     @property
     def packs(self) -> bool:

@@ -103,7 +103,8 @@ def merge(
             _write_shard(plan.tensors, folder / name, units, advance)
             for name, units in plan.shards.items()
         ]
-        dtype = None if options.dtype == "keep" else _name(plan.dtype)
+        kept = options.dtype == "keep" and plan.base.folder is not None
+        dtype = None if kept else _name(plan.dtype)
         write_texts(plan.texts, plan.base, folder, dtype)
         _write_index(plan, folder)
         written = check_written(plan.tensors, folder)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.adapters import Saved
-from lorakit.model.base import Base, load_tokenizer
+from lorakit.model.base import Base, load_tokenizer, skeleton
 from lorakit.model.tokenizer import VOCABULARIES
 from lorakit.model.weights import INDEX
 from lorakit.storage import strict_json
@@ -55,7 +55,7 @@ def write_texts(texts: Mapping[str, Path], base: Base, folder: Path, dtype: str 
             path = inside(base.folder, CONFIG, links_into=base.links_into)
             config = strict_json.read_object(path, "model")
         else:
-            config = base.config.to_diff_dict()
+            config = base.config.to_diff_dict() | {"architectures": [type(skeleton(base)).__name__]}
             base.generation.save_pretrained(folder)
             if not set(VOCABULARIES) & texts.keys():
                 load_tokenizer(base).save_pretrained(folder)
