@@ -1,7 +1,6 @@
 """The model card: README.md beside an adapter, made from what its passport says."""
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,12 @@ from lorakit.data.sandbox import Template
 from lorakit.errors import BadInput
 from lorakit.storage import strict_json
 from lorakit.storage.publish import publish_file
+from lorakit.storage.redact import without_folders
 
 CARD = "README.md"
 TEMPLATE, TOKENIZER = "chat_template.jinja", "tokenizer_config.json"
 LOCAL_DATA = (".jsonl", ".json", ".csv", ".parquet")
 TRAINING = ("epochs", "max_steps", "batch_size", "learning_rate", "schedule", "warmup", "optimizer")
-ABSOLUTE = re.compile(r"[/\\~]|[A-Za-z]:[/\\]|file:")
 LIMITS = (
     "An adapter changes its base a little: what the base gets wrong, or must not be used for, "
     "holds for the adapter too. Check the licences of the base and of the data before you share it."
@@ -37,7 +36,7 @@ def card(saved: Saved, metrics: Mapping[str, Any] | None = None) -> str:
 
     The base is called by its hub id or the name of its folder, and no path is absolute.
     """
-    passport = _shareable(saved.passport or {})
+    passport = without_folders(saved.passport or {})
     base, recipe = passport.get("base", {}), passport.get("recipe", {})
     name = base.get("name") or "the base it was trained on"
     commit = f" at `{base['revision']}`" if base.get("revision") else ""
@@ -193,14 +192,3 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(
         f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines
     )
-
-
-def _shareable(value: Any) -> Any:
-    """Return a value of the passport with the last part alone of each absolute path."""
-    if isinstance(value, Mapping):
-        return {_shareable(key): _shareable(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_shareable(one) for one in value]
-    if isinstance(value, str) and ABSOLUTE.match(value):
-        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
-    return value

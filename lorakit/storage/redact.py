@@ -1,8 +1,9 @@
-"""Text that is safe to show: without secrets, and without control over the terminal."""
+"""What is safe to show or share: no secrets, no control over the terminal, no folders."""
 
 import json
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 from urllib.parse import quote
 
 HIDDEN = "[redacted]"
@@ -20,6 +21,7 @@ _SECRET_FORM = re.compile(
     """,
     re.VERBOSE | re.IGNORECASE,
 )
+_ABSOLUTE = re.compile(r"[/\\~]|[A-Za-z]:[/\\]|file:")
 
 
 def is_secret(name: str) -> bool:
@@ -63,3 +65,14 @@ def _forms(value: str) -> Iterator[str]:
     yield json.dumps(value)[1:-1]
     yield quote(value, errors="replace")
     yield quote(value, safe="", errors="replace")
+
+
+def without_folders(value: Any) -> Any:
+    """Return a JSON value with the last part alone of each absolute path: what may be shared."""
+    if isinstance(value, Mapping):
+        return {without_folders(key): without_folders(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_folders(one) for one in value]
+    if isinstance(value, str) and _ABSOLUTE.match(value):
+        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    return value

@@ -10,6 +10,7 @@ from lorakit import __version__
 from lorakit.recipe.sections import Recipe
 from lorakit.runtime import Runtime
 from lorakit.storage.hashing import sha256_json
+from lorakit.storage.redact import without_folders
 from lorakit.training.checkpoint import State
 from lorakit.training.plan import Plan
 
@@ -25,10 +26,10 @@ def versions() -> dict[str, str]:
     return {"lorakit": __version__, "python": platform.python_version(), **found}
 
 
-def of_run(plan: Plan, state: State, loss: float | None) -> dict[str, Any]:
+def of_run(plan: Plan, state: State) -> dict[str, Any]:
     """Return the passport of an adapter at this moment of its run."""
     recipe = plan.recipe.model_dump(mode="json")
-    return {
+    facts = {
         "method": plan.recipe.adapter.method,
         "recipe_name": plan.recipe.origin.name,
         "recipe": recipe,
@@ -42,8 +43,14 @@ def of_run(plan: Plan, state: State, loss: float | None) -> dict[str, Any]:
         "versions": versions(),
         "steps": state.step,
         "trained_tokens": state.trained_tokens,
-        "metrics": {"loss": loss, "best_eval_loss": state.best_loss, "best_step": state.best_step},
+        "metrics": {
+            "loss": state.loss,
+            "best_eval_loss": state.best_loss,
+            "best_step": state.best_step,
+        },
     }
+    shared: dict[str, Any] = without_folders(facts)
+    return shared
 
 
 def pinned(plan: Plan, runtime: Runtime) -> dict[str, Any]:
@@ -54,6 +61,7 @@ def pinned(plan: Plan, runtime: Runtime) -> dict[str, Any]:
         "order": plan.steps.order_sha256(0),
         "template": sha256_json(plan.dataset.chat_template),
         "base": plan.base.fingerprint,
+        "dtype": str(plan.dtype).removeprefix("torch."),
         "device": runtime.device.type,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
