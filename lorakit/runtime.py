@@ -20,7 +20,7 @@ import torch
 import torch.distributed
 
 from lorakit import environment
-from lorakit.errors import EnvironmentLacks, RunFailed
+from lorakit.errors import EnvironmentLacks, Interrupted, RunFailed
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -62,15 +62,9 @@ class Runtime:
                 ) from error
         return tensor
 
-    def any(self, flag: bool) -> bool:
-        """Tell whether the flag is set in any process."""
-        if self.processes == 1:
-            return flag
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
-
     def wait(self) -> None:
         """Wait until every process has come here."""
-        self.any(False)
+        self.sum(torch.zeros(1, device=self.device)).item()
 
     def peak_bytes(self) -> int:
         """Return the most memory in use so far: of the GPU's allocator, or resident on a CPU."""
@@ -139,11 +133,17 @@ def launch(arguments: Sequence[str], processes: int) -> int:
 
     The first process that fails decides the code; the others are then stopped. Signals are
     passed on, so that every process saves and stops by itself.
+
+    Raises:
+        RunFailed: when the main process could not say itself what ended it.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    started = []
+    started: list[subprocess.Popen[bytes]] = []
+    hung_up = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL else []
+    for number in (*SIGNALS, *hung_up):
+        signal.signal(number, lambda received, _: _pass_on(received, started))
     for process in range(processes):
         place = {
             "RANK": str(process),
@@ -157,11 +157,29 @@ def launch(arguments: Sequence[str], processes: int) -> int:
                 [sys.executable, "-m", "lorakit", *arguments],
                 env={**environment.all_variables(), **place},
                 stdout=None if process == 0 else subprocess.DEVNULL,
+                # Of its own, or a terminal's Ctrl-C would come twice: from there and from here.
+                process_group=0,
             )
         )
-    for number in SIGNALS:
-        signal.signal(number, lambda received, _: _pass_on(received, started))
-    return _first_failure(started)
+    first = _first_failure(started)
+    if first.returncode >= 0:
+        return first.returncode
+    ended_by = signal.Signals(-first.returncode)
+    if ended_by in (*SIGNALS, *hung_up):
+        end_by(ended_by)
+    if started[0].returncode > 0:
+        return started[0].returncode
+    raise RunFailed(
+        "run.worker-died",
+        f"process {started.index(first)} of {processes} was ended by {ended_by.name}",
+        help="SIGKILL often means that memory ran out; run the same command with --resume",
+    )
+
+
+def end_by(number: signal.Signals) -> None:
+    """End this process by a signal, so that its parent sees which."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 def _pass_on(number: int, started: list[subprocess.Popen[bytes]]) -> None:
@@ -169,15 +187,16 @@ def _pass_on(number: int, started: list[subprocess.Popen[bytes]]) -> None:
         process.send_signal(number)
 
 
-def _first_failure(started: list[subprocess.Popen[bytes]]) -> int:
-    code = 0
+def _first_failure(started: list[subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
+    """Wait for all processes; return the first that failed, the main one when none did."""
+    failed = None
     while any(running := [p.poll() is None for p in started]):
-        if code == 0:
-            code = next((p.returncode for p in started if p.returncode), 0)
-            if code and code != 75:
+        if failed is None:
+            failed = next((p for p in started if p.returncode), None)
+            if failed and failed.returncode != Interrupted.exit_code:
                 _stop([p for p, runs in zip(started, running, strict=True) if runs])
         time.sleep(0.05)
-    return code or next((p.returncode for p in started if p.returncode), 0)
+    return failed or next((p for p in started if p.returncode), started[0])
 
 
 def _stop(running: list[subprocess.Popen[bytes]]) -> None:
@@ -212,8 +231,7 @@ class Stop:
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         if self.signal is not None:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            end_by(signal.Signals(number))
         self.signal = signal.Signals(number)
 
 

@@ -3,8 +3,7 @@
 Training's evaluation and the `eval` command call the same function, so their numbers agree.
 """
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,9 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lorakit.data.batches import Batch
+from lorakit.data.tokens import MASKED
 from lorakit.model.loss import token_scores
-
-MASKED = -100
 
 
 @dataclass(frozen=True)
@@ -40,11 +38,6 @@ def score(model: PreTrainedModel, batches: Iterable[Batch]) -> list[RowScore]:
             rows = zip(batch.rows, *values.tolist(), strict=True)
             scores += [RowScore(row, nll, int(n), int(right)) for row, nll, n, right in rows]
     return sorted(scores, key=lambda one: one.row)
-
-
-def mean_loss(scores: Sequence[RowScore]) -> float:
-    """Return the loss: the sum over all trained tokens, divided once by their number."""
-    return math.fsum(one.nll for one in scores) / max(1, sum(one.tokens for one in scores))
 
 
 def put(batch: Batch, device: torch.device) -> Batch:

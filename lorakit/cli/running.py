@@ -3,7 +3,7 @@
 import json
 import shlex
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ from lorakit.recipe.sections import Recipe
 from lorakit.runtime import Runtime, Stop, start
 from lorakit.storage.redact import redact
 from lorakit.training import folder as folders
+from lorakit.training import passports
 from lorakit.training.folder import Mode, RunFolder
-from lorakit.training.loop import Outcome
 from lorakit.training.loop import train as train_plan
-from lorakit.training.passports import versions
 from lorakit.training.plan import Permissions, Plan, make
 from lorakit.training.progress import GIB, Reporter, duration
+from lorakit.training.run import Outcome
 
 
 @dataclass(frozen=True)
@@ -41,18 +41,21 @@ def run(
         screen.quiet = True
     path = recipe.run_folder
     folders.check_free(path, mode)
-    if recipe.merge.enabled and mode == "start":
-        check_output(Path(recipe.merge.out), [], overwrite=False)
+    if recipe.merge.enabled:
+        check_output(Path(recipe.merge.out), [], overwrite=mode != "start")
     plan = make(recipe, runtime, permissions)
-    screen.notice(*plan.notices)
+    if runtime.is_main:
+        screen.notice(*plan.notices)
     for label, text in plan.lines():
         screen.say(f"{label:9} {text}")
     # From here on there is something to save, so signals no longer end the process at once.
     stop = Stop()
-    with folders.opened(path, mode, runtime) as folder:
-        screen.notice(*folder.notices)
+    pinned = passports.pinned(plan, runtime)
+    with folders.opened(path, mode, runtime, pinned, allow_inexact=allow_inexact) as folder:
+        plan = as_begun(plan, folder)
         record(plan, runtime, folder)
         if runtime.is_main:
+            screen.notice(*folder.notices)
             screen.log_to(path / "log.txt")
         reporter = Reporter(
             plan.steps.total,
@@ -61,7 +64,7 @@ def run(
             console=screen.err if screen.live else None,
             metrics=folder.metrics if runtime.is_main else None,
         )
-        outcome = train_plan(plan, runtime, folder, reporter, stop, allow_inexact=allow_inexact)
+        outcome = train_plan(plan, runtime, folder, reporter, stop)
         stop.release()
         if not runtime.is_main:
             return None
@@ -74,7 +77,7 @@ def run(
 def merge_run(screen: Screen, plan: Plan, folder: RunFolder, runtime: Runtime) -> Path:
     """Merge the adapter of a finished run, as its recipe asks."""
     section, saved = plan.recipe.merge, adapters.read(folder.adapter)
-    # What stands there is of this run: a new one would have been refused before it started.
+    # A merge that stood there before the run was refused then, or may be overwritten.
     options = Options(dtype=section.dtype, overwrite=True)
     with (
         planned(saved, plan.base, Path(section.out), options) as merging,
@@ -83,6 +86,14 @@ def merge_run(screen: Screen, plan: Plan, folder: RunFolder, runtime: Runtime) -
         report = merge(merging, runtime, advance)
     screen.say(f"Verified  {verdict(report)}")
     return merging.out
+
+
+def as_begun(plan: Plan, folder: RunFolder) -> Plan:
+    """Return the plan with the automatic choices of the run that goes on."""
+    begun = folder.facts.get("gradient_checkpointing")
+    if folder.resume and plan.recipe.train.gradient_checkpointing == "auto":
+        return replace(plan, checkpointing=bool(begun))
+    return plan
 
 
 def record(plan: Plan, runtime: Runtime, folder: RunFolder) -> None:
@@ -94,7 +105,7 @@ def record(plan: Plan, runtime: Runtime, folder: RunFolder) -> None:
         command=redact(shlex.join(sys.argv), environment.all_variables()),
         device=runtime.describe(),
         processes=runtime.processes,
-        versions=versions(),
+        versions=passports.versions(),
         seed=plan.recipe.seed,
         dtype=str(plan.dtype).removeprefix("torch."),
         packing=plan.packing,

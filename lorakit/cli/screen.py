@@ -7,10 +7,11 @@ command function, hands it a `Screen` as first argument and turns errors into on
 import inspect
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO
 
@@ -75,7 +76,7 @@ class Screen:
     @property
     def live(self) -> bool:
         """Tell whether stderr is a terminal that may be redrawn."""
-        return self.err.is_terminal and not self.quiet
+        return sys.stderr.isatty() and not self.err.is_dumb_terminal and not self.quiet
 
     @property
     def color(self) -> bool:
@@ -216,7 +217,8 @@ class Screen:
 
     def _note(self, text: str) -> None:
         if self._log:
-            with self._log.open("a", encoding="utf-8") as file:
+            # A full disk must not hide what is being said of it.
+            with suppress(OSError), self._log.open("a", encoding="utf-8") as file:
                 file.write(text + "\n")
 
 
@@ -257,8 +259,12 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             screen.trace(error)
             screen.fail(error)
             raise typer.Exit(error.exit_code) from None
-        except (typer.Exit, typer.Abort, KeyboardInterrupt):
+        except (typer.Exit, typer.Abort):
             raise
+        except KeyboardInterrupt:
+            # What was begun is cleaned up; the parent sees the signal, as of any program.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
         except BrokenPipeError:
             # The reader of stdout has gone; nobody is left to tell.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

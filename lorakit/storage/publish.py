@@ -104,6 +104,11 @@ def sweep(folder: Path, name: str | None = None) -> None:
                 _delete(folder / entry)
 
 
+def is_aside(name: str) -> bool:
+    """Tell whether an entry is what a publication keeps beside its target until it has ended."""
+    return _ASIDE.fullmatch(name) is not None
+
+
 def _beside(target: Path, kind: str) -> Path:
     return target.parent / f".{kind}-{target.name}-{os.getpid()}-{secrets.token_hex(4)}"
 

@@ -21,20 +21,23 @@ from lorakit.storage.tensors import TensorFile, write_tensors
 
 NAME = re.compile(r"step-(\d{6,})")
 SCHEMA = 1
-RESUME_HELP = "run without --resume, or with --resume-or-start"
 
 
 @dataclass
 class State:
-    """Where a run is: steps done, tokens seen, and the best evaluation so far."""
+    """Where a run is: steps done, tokens seen, and the best evaluation so far.
+
+    `owes_evaluation`: a signal came before the evaluation of this step had ended.
+    """
 
     step: int = 0
     tokens: int = 0
     trained_tokens: int = 0
     skipped: int = 0
-    seconds: float = 0.0
+    loss: float | None = None
     best_loss: float | None = None
     best_step: int | None = None
+    owes_evaluation: bool = False
     loss_scale: float = 1.0
     method: dict[str, Any] = field(default_factory=dict)
 
@@ -85,7 +88,7 @@ def save(
 def prune(checkpoints: Path, keep: int, best: int | None) -> None:
     """Remove all but the newest `keep` checkpoints and the best one."""
     steps = _steps(checkpoints)
-    for step in steps[: len(steps) - keep]:
+    for step in steps[:-keep]:
         if step != best:
             remove_folder(checkpoints / f"step-{step:06d}")
 

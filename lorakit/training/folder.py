@@ -1,23 +1,26 @@
 """A run's folder: who may write to it, what it tells of the run, and what a resume starts from."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from lorakit.environment import all_variables
 from lorakit.errors import BadInput, LorakitError, Notice
 from lorakit.runtime import Runtime
 from lorakit.storage import strict_json
 from lorakit.storage.lock import locked
-from lorakit.storage.publish import publish_file, remove_folder
+from lorakit.storage.publish import is_aside, publish_file, remove_folder
+from lorakit.storage.redact import redact
 from lorakit.training import checkpoint
 from lorakit.training.checkpoint import Checkpoint
 
 Mode = Literal["start", "resume", "resume-or-start", "overwrite"]
 # What a folder may hold before its first run: the lock, and a log that is written from the start.
 OURS = {".lock", "log.txt"}
+RUN = "run.json"
 
 
 @dataclass
@@ -26,8 +29,10 @@ class RunFolder:
 
     path: Path
     is_main: bool
-    facts: dict[str, Any]
+    pinned: Mapping[str, Any]
+    facts: dict[str, Any] = field(default_factory=dict)
     resume: Checkpoint | None = None
+    changed: Mapping[str, Any] = field(default_factory=dict)
     notices: tuple[Notice, ...] = ()
 
     @property
@@ -45,13 +50,18 @@ class RunFolder:
     def note(self, **facts: Any) -> None:
         """Add facts to `run.json`."""
         self.facts |= facts | {"updated": _now()}
-        self.write("run.json", strict_json.dumps(self.facts))
+        self.write(RUN, strict_json.dumps(self.facts))
 
-    def note_resume(self, changed: Mapping[str, Any]) -> None:
-        """Add to `run.json` from which step the run goes on, and what is not as it was."""
-        step = self.resume.state.step if self.resume else 0
-        resumes = [*self.facts.get("resumes", []), {"step": step, "changed": dict(changed)}]
-        self.note(resumes=resumes)
+    def begin(self) -> None:
+        """Note that the run is at work; of a resume from which step, and what is not as it was."""
+        began = _now()
+        self.facts.pop("ended_by", None)
+        self.note(
+            status="running", started=began, id=self.facts.get("id", f"{self.path.name}-{began}")
+        )
+        if self.resume:
+            resumed = {"step": self.resume.state.step, "changed": dict(self.changed)}
+            self.note(resumes=[*self.facts.get("resumes", []), resumed])
 
     def write(self, name: str, content: str | bytes) -> None:
         """Write one file of the folder, beside its place and renamed."""
@@ -61,51 +71,78 @@ class RunFolder:
 
 
 @contextmanager
-def opened(path: Path, mode: Mode, runtime: Runtime) -> Iterator[RunFolder]:
+def opened(
+    path: Path,
+    mode: Mode,
+    runtime: Runtime,
+    pinned: Mapping[str, Any],
+    *,
+    allow_inexact: bool = False,
+) -> Iterator[RunFolder]:
     """Lock a run's folder and make it ready; `status` in `run.json` follows what happens.
 
+    Args:
+        path: the folder.
+        mode: what may be done with a run that is there.
+        runtime: every process opens the folder, the main one writes.
+        pinned: what must be as it was when a run goes on.
+        allow_inexact: go on although something is not.
+
     Raises:
-        BadInput: when the folder holds something this mode must not touch, or nothing to resume.
+        BadInput: when the folder holds something this mode must not touch, nothing to resume, or
+            a run that would not go on as it began. Nothing was written.
         RunFailed: when another run holds it, or it has checkpoints and none is good.
     """
-    if not runtime.is_main:
-        runtime.wait()
-        yield _found(path, mode, runtime)
-        return
     check_free(path, mode)
-    path.mkdir(parents=True, exist_ok=True)
+    if not runtime.is_main:
+        folder = _found(path, mode, runtime, pinned, allow_inexact=allow_inexact)
+        runtime.wait()
+        yield folder
+        return
     with locked(path):
+        folder = _found(path, mode, runtime, pinned, allow_inexact=allow_inexact)
         if mode == "overwrite":
-            for entry in path.iterdir():
+            # What makes it a run goes last: after a kill the rest can still be overwritten.
+            for entry in sorted(path.iterdir(), key=lambda entry: entry.name == RUN):
                 if entry.name != ".lock":
                     remove_folder(entry) if entry.is_dir() else entry.unlink()
-        folder = _found(path, mode, runtime)
+        folder.begin()
         runtime.wait()
-        begun = folder.facts.get("id") or f"{path.name}-{_now()}"
-        folder.note(status="running", id=begun, started=_now())
         try:
             yield folder
         except BaseException as error:
             stopped = isinstance(error, LorakitError) and error.exit_code == 75
-            folder.note(status="interrupted" if stopped else "failed", ended_by=str(error))
+            reason = redact(str(error), all_variables())
+            with suppress(LorakitError):  # the disk may be what failed
+                folder.note(status="interrupted" if stopped else "failed", ended_by=reason)
             raise
         folder.note(status="finished")
 
 
-def _found(path: Path, mode: Mode, runtime: Runtime) -> RunFolder:
+def _found(
+    path: Path, mode: Mode, runtime: Runtime, pinned: Mapping[str, Any], *, allow_inexact: bool
+) -> RunFolder:
     """Find what a resume goes on from."""
+    fresh = RunFolder(path, runtime.is_main, pinned)
     if mode not in ("resume", "resume-or-start"):
-        return RunFolder(path, runtime.is_main, {})
+        return fresh
     found, notices = checkpoint.newest(path / "checkpoints")
-    if found is None and mode == "resume":
-        raise BadInput(
-            "checkpoint.none",
-            "--resume finds no checkpoint here",
-            where=str(path),
-            help="run without --resume, or with --resume-or-start",
-        )
-    facts = strict_json.read(path / "run.json", "checkpoint") if found else {}
-    return RunFolder(path, runtime.is_main, facts, found, tuple(notices))
+    if found is None:
+        if mode == "resume":
+            raise _nothing_to_resume(path)
+        return fresh
+    changed = checkpoint.check_unchanged(found, pinned, allow_inexact=allow_inexact)
+    facts = strict_json.read(path / RUN, "checkpoint")
+    return replace(fresh, facts=facts, resume=found, changed=changed, notices=tuple(notices))
+
+
+def _nothing_to_resume(path: Path) -> BadInput:
+    return BadInput(
+        "checkpoint.none",
+        "--resume finds no checkpoint here",
+        where=str(path),
+        help="run without --resume, or with --resume-or-start",
+    )
 
 
 def check_free(path: Path, mode: Mode) -> None:
@@ -115,15 +152,17 @@ def check_free(path: Path, mode: Mode) -> None:
         BadInput: when it holds something that this mode must not touch.
     """
     if not path.exists():
+        if mode == "resume":
+            raise _nothing_to_resume(path)
         return
     if not path.is_dir():
         raise BadInput(
             "output.not-empty", "the run's folder is a file", where=str(path), help="use --out"
         )
-    present = {entry.name for entry in path.iterdir()} - OURS
-    if not present or mode in ("resume", "resume-or-start"):
+    present = {entry.name for entry in path.iterdir() if not is_aside(entry.name)} - OURS
+    if not present:
         return
-    if "run.json" not in present:
+    if RUN not in present:
         raise BadInput(
             "output.not-empty",
             f"the folder holds files that are no run ({', '.join(sorted(present)[:3])})",
@@ -131,7 +170,7 @@ def check_free(path: Path, mode: Mode) -> None:
             help="choose another with --out",
         )
     if mode == "start":
-        facts = strict_json.read(path / "run.json", "checkpoint")
+        facts = strict_json.read(path / RUN, "checkpoint")
         raise BadInput(
             "output.not-empty",
             f"the folder holds a run that is {facts.get('status')} since {facts.get('updated')}",

@@ -5,11 +5,15 @@ The saved activations are those of transformers' blocks with the low-rank produc
 values, four tensors of width f, the attention's row sums).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 from transformers import PretrainedConfig
+
+from lorakit.errors import RunFailed
 
 GIB = 2**30
 # Interpreter, libraries and allocator slack; on CUDA the context.
@@ -84,3 +88,27 @@ def estimate(
             "overhead": OVERHEAD,
         }
     )
+
+
+@contextmanager
+def memory_errors(memory: Memory, micro_batch_tokens: int) -> Iterator[None]:
+    """Say what may help when memory runs out.
+
+    Raises:
+        RunFailed: `run.out-of-memory` in place of torch's own errors.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        out = isinstance(
+            error, torch.OutOfMemoryError | MemoryError
+        ) or "can't allocate memory" in str(error)
+        if not out:
+            raise
+        parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in memory.parts.items())
+        raise RunFailed(
+            "run.out-of-memory",
+            f"memory ran out in micro-batches of up to {micro_batch_tokens:,} tokens "
+            f"(estimate in GiB: {parts}); the last checkpoint is intact",
+            help="set train.micro_batch_size: 1, or train.gradient_checkpointing: true",
+        ) from error

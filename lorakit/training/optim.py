@@ -52,13 +52,6 @@ class Gradients:
         """Begin to note which parameters the backward passes of one step reach."""
         return Watch(self.named)
 
-    def first_not_finite(self) -> str | None:
-        """Return the name of the first parameter whose gradient holds NaN or infinity."""
-        spoilt = (
-            n for n, p in self.named.items() if p.grad is not None and not p.grad.isfinite().all()
-        )
-        return next(spoilt, None)
-
 
 class Watch:
     """Notes which parameters received a gradient, to be asked once after the first step."""

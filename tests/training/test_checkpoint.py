@@ -73,6 +73,13 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     ]
 
 
+def test_pruning_removes_nothing_while_there_are_fewer(tmp_path: Path) -> None:
+    for step in range(1, 5):
+        write(tmp_path, step)
+    checkpoint.prune(tmp_path, keep=5, best=None)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
 def test_a_difference_is_named_and_refused_unless_allowed(tmp_path: Path) -> None:
     write(tmp_path, 1)
     found, _ = checkpoint.newest(tmp_path)

@@ -8,9 +8,12 @@ import torch
 
 from lorakit.errors import BadInput, Interrupted, LorakitError
 from lorakit.runtime import Runtime
+from lorakit.training import checkpoint
+from lorakit.training.checkpoint import State
 from lorakit.training.folder import opened
 
 ALONE = Runtime(torch.device("cpu"))
+PINNED = {"seed": 1}
 
 
 def status(path: Path) -> str:
@@ -18,7 +21,7 @@ def status(path: Path) -> str:
 
 
 def test_a_new_folder_is_made_and_ends_finished(tmp_path: Path) -> None:
-    with opened(tmp_path / "run", "start", ALONE) as folder:
+    with opened(tmp_path / "run", "start", ALONE, PINNED) as folder:
         folder.write("plan.json", "{}")
         folder.note(device="cpu")
         assert status(folder.path) == "running"
@@ -31,30 +34,30 @@ def test_a_new_folder_is_made_and_ends_finished(tmp_path: Path) -> None:
     [(RuntimeError("no"), "failed"), (Interrupted("run.interrupted", "stopped"), "interrupted")],
 )
 def test_the_status_says_how_it_ended(tmp_path: Path, error: Exception, expected: str) -> None:
-    with pytest.raises(type(error)), opened(tmp_path / "run", "start", ALONE):
+    with pytest.raises(type(error)), opened(tmp_path / "run", "start", ALONE, PINNED):
         raise error
     assert status(tmp_path / "run") == expected
 
 
 def test_a_second_start_is_refused_and_overwrite_removes_the_first(tmp_path: Path) -> None:
     path = tmp_path / "run"
-    with opened(path, "start", ALONE) as folder:
+    with opened(path, "start", ALONE, PINNED) as folder:
         folder.write("old.txt", "old")
     with (
         pytest.raises(BadInput, match="a run that is finished") as caught,
-        opened(path, "start", ALONE),
+        opened(path, "start", ALONE, PINNED),
     ):
         pass
     assert caught.value.id == "output.not-empty"
     assert (path / "old.txt").exists()
-    with opened(path, "overwrite", ALONE):
+    with opened(path, "overwrite", ALONE, PINNED):
         assert not (path / "old.txt").exists()
 
 
-@pytest.mark.parametrize("mode", ["start", "overwrite"])
+@pytest.mark.parametrize("mode", ["start", "overwrite", "resume", "resume-or-start"])
 def test_a_folder_that_is_no_run_is_never_touched(tmp_path: Path, mode: str) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(BadInput, match=r"thesis\.tex"), opened(tmp_path, mode, ALONE):  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match=r"thesis\.tex"), opened(tmp_path, mode, ALONE, PINNED):  # type: ignore[arg-type]
         pass
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -62,19 +65,79 @@ def test_a_folder_that_is_no_run_is_never_touched(tmp_path: Path, mode: str) -> 
 def test_resume_without_a_checkpoint_says_what_to_do(tmp_path: Path) -> None:
     with (
         pytest.raises(BadInput, match="no checkpoint") as caught,
-        opened(tmp_path / "run", "resume", ALONE),
+        opened(tmp_path / "run", "resume", ALONE, PINNED),
     ):
         pass
     assert caught.value.id == "checkpoint.none"
-    with opened(tmp_path / "run", "resume-or-start", ALONE) as folder:
+    assert not (tmp_path / "run").exists()
+    with opened(tmp_path / "run", "resume-or-start", ALONE, PINNED) as folder:
         assert folder.resume is None
 
 
 def test_two_runs_cannot_hold_one_folder(tmp_path: Path) -> None:
     with (
-        opened(tmp_path / "run", "start", ALONE),
+        opened(tmp_path / "run", "start", ALONE, PINNED),
         pytest.raises(LorakitError) as caught,
-        opened(tmp_path / "run", "resume-or-start", ALONE),
+        opened(tmp_path / "run", "resume-or-start", ALONE, PINNED),
     ):
         pass
     assert caught.value.id == "run.locked"
+
+
+def test_a_resume_that_is_refused_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with opened(path, "start", ALONE, PINNED) as folder:
+        checkpoint.save(folder.checkpoints, State(step=3), PINNED, {}, lambda path: path.mkdir())
+    before = (path / "run.json").read_bytes()
+    other = {"seed": 2}
+    with (
+        pytest.raises(BadInput, match="seed was 1 and is 2"),
+        opened(path, "resume", ALONE, other),
+    ):
+        pass
+    assert (path / "run.json").read_bytes() == before
+    with opened(path, "resume", ALONE, other, allow_inexact=True) as folder:
+        assert folder.resume is not None
+        assert folder.resume.state.step == 3
+    resumes = json.loads((path / "run.json").read_text())["resumes"]
+    assert resumes == [{"step": 3, "changed": {"seed": [1, 2]}}]
+
+
+def test_what_a_kill_leaves_can_be_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / ".tmp-run.json-4194305-0123abcd").write_text("{")
+    with opened(path, "start", ALONE, PINNED) as folder:
+        folder.write("plan.json", "{}")
+        folder.adapter.mkdir()
+    real = Path.unlink
+
+    def killed(entry: Path, missing_ok: bool = False) -> None:
+        if entry.name == "plan.json":
+            raise KeyboardInterrupt
+        real(entry, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(KeyboardInterrupt), opened(path, "overwrite", ALONE, PINNED):
+        pass
+    monkeypatch.undo()
+    with opened(path, "overwrite", ALONE, PINNED):
+        assert not (path / "plan.json").exists()
+
+
+def test_the_reason_of_a_failure_holds_no_secret_and_goes_when_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_API_KEY", "correct-horse-battery")
+    path = tmp_path / "run"
+    with pytest.raises(RuntimeError), opened(path, "start", ALONE, PINNED):
+        raise RuntimeError("sent correct-horse-battery")
+    failed = json.loads((path / "run.json").read_text())
+    assert failed["ended_by"].startswith("sent ")
+    assert "battery" not in failed["ended_by"]
+    checkpoint.save(path / "checkpoints", State(step=3), PINNED, {}, lambda path: path.mkdir())
+    with opened(path, "resume", ALONE, PINNED):
+        pass
+    assert "ended_by" not in json.loads((path / "run.json").read_text())

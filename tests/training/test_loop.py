@@ -1,6 +1,7 @@
 """The laws of the loop, on a tiny model: splits, packing, resume, and steps that are not finite."""
 
 import json
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,12 +17,13 @@ from lorakit import adapters
 from lorakit.errors import BadInput, Interrupted, RunFailed
 from lorakit.recipe.reader import read
 from lorakit.runtime import Runtime, Stop
+from lorakit.scoring import RowScore
 from lorakit.training import folder as folders
-from lorakit.training import loop
+from lorakit.training import loop, passports
 from lorakit.training.folder import Mode
-from lorakit.training.loop import Outcome
 from lorakit.training.plan import Permissions, make
 from lorakit.training.progress import Reporter, StepRecord
+from lorakit.training.run import Outcome
 from tests.tiny import write_tiny_model
 
 ALONE = Runtime(torch.device("cpu"))
@@ -96,7 +98,8 @@ def carry_out(
     )
     recipe = read(str(recipe_file), adapters.settings_for, [], environ={})
     plan = make(recipe, ALONE, Permissions(offline=True))
-    with stopping() as stop, folders.opened(out, mode, ALONE) as opened:
+    pinned = passports.pinned(plan, ALONE)
+    with stopping() as stop, folders.opened(out, mode, ALONE, pinned) as opened:
         watcher = Watcher(plan.steps.total, opened.metrics, stop, stop_after)
         outcome = loop.train(plan, ALONE, opened, watcher, stop)
     return outcome, watcher.records, load_file(out / "adapter" / "adapter_model.safetensors")
@@ -169,6 +172,44 @@ def test_a_changed_recipe_is_not_resumed(folder: Path, tmp_path: Path) -> None:
         carry_out(folder, tmp_path / "run", "resume", learning_rate=0.02)
 
 
+@pytest.mark.parametrize("during", [False, True])
+def test_an_evaluation_that_a_signal_cut_short_is_taken_on_resume(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, during: bool
+) -> None:
+    whole, _, _ = carry_out(folder, tmp_path / "whole", max_steps=3, eval_every=3)
+    with monkeypatch.context() as patch:
+        if during:
+            patch.setattr(loop, "score", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or [])
+        stop_after = None if during else 3
+        with pytest.raises(Interrupted, match="step 3"):
+            carry_out(folder, tmp_path / "cut", stop_after=stop_after, max_steps=3, eval_every=3)
+    resumed, records, _ = carry_out(folder, tmp_path / "cut", "resume", max_steps=3, eval_every=3)
+    assert not records
+    assert resumed.final_loss == whole.final_loss
+    assert resumed.best_eval_loss == whole.best_eval_loss
+    assert resumed.best_step == whole.best_step == 3
+
+
+def test_the_best_step_is_saved_where_no_checkpoint_was_due(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([3.0, 2.0, 4.0])
+    monkeypatch.setattr(loop, "score", lambda *_: [RowScore(0, next(losses), 1, 0)])
+    outcome, _, _ = carry_out(folder, tmp_path / "run", eval_every=2, save_every=100)
+    assert outcome.best_step == 4
+    names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert names == {"step-000004", "step-000006"}
+
+
+def test_an_evaluation_that_is_not_finite_stops_the_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "score", lambda *_: [RowScore(0, float("nan"), 1, 0)])
+    with pytest.raises(RunFailed, match="evaluation after step 3") as caught:
+        carry_out(folder, tmp_path / "run")
+    assert caught.value.id == "run.not-finite"
+
+
 @contextmanager
 def spoilt_loss(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> Iterator[None]:
     """Make the loss NaN in some of the calls, counted from 1."""
@@ -221,3 +262,4 @@ def test_checkpoints_hold_adapters_that_can_be_used(folder: Path, tmp_path: Path
     saved = adapters.read(tmp_path / "run" / "checkpoints" / "step-000004" / "adapter")
     assert saved.passport is not None
     assert saved.passport["steps"] == 4
+    assert str(folder) not in (saved.folder / "lorakit.json").read_text()

@@ -1,0 +1,144 @@
+"""What moves while a plan is carried out: made, brought to where a run goes on, and saved."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lorakit import adapters
+from lorakit.adapters import Method
+from lorakit.model import base as base_models
+from lorakit.model.checkpointing import checkpoint_layers
+from lorakit.runtime import Runtime, Stop, make_deterministic
+from lorakit.training import checkpoint, optim, passports
+from lorakit.training.checkpoint import State
+from lorakit.training.folder import RunFolder
+from lorakit.training.plan import Plan
+from lorakit.training.progress import Reporter
+
+# fp16 gradients underflow; the loss is scaled up, and the scale halves when they overflow.
+FP16_SCALE = 2.0**16
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run leaves behind, as `train --json` prints it."""
+
+    steps: int
+    final_loss: float | None
+    best_eval_loss: float | None
+    best_step: int | None
+    tokens: int
+    trained_tokens: int
+    tokens_per_second: float
+    peak_memory_bytes: int
+    wall_seconds: float
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A step whose numbers may still be on the device."""
+
+    step: int
+    rate: float
+    tokens: int
+    trained_tokens: int
+    numbers: Tensor  # loss, gradient norm, 1 where either is not finite, processes asked to stop
+
+
+@dataclass
+class Run:
+    """Everything that moves while a plan is carried out."""
+
+    plan: Plan
+    runtime: Runtime
+    folder: RunFolder
+    reporter: Reporter
+    stop: Stop
+    model: PreTrainedModel
+    method: Method
+    named: dict[str, nn.Parameter]
+    gradients: optim.Gradients
+    optimizer: torch.optim.Optimizer
+    state: State = field(default_factory=State)
+    scale: Tensor = field(default_factory=lambda: torch.ones(()))
+    pending: list[Pending] = field(default_factory=list)
+    began: float = field(default_factory=time.monotonic)
+    first_token: int = 0
+
+
+def prepare(plan: Plan, runtime: Runtime, folder: RunFolder, reporter: Reporter, stop: Stop) -> Run:
+    """Load the base, put the adapter on it, and bring both to where the run is to go on."""
+    settings = plan.recipe.train
+    if settings.deterministic:
+        make_deterministic()
+    model = base_models.load(
+        plan.base, device=runtime.device, dtype=plan.dtype, attention=plan.recipe.model.attention
+    )
+    if plan.checkpointing:
+        checkpoint_layers(model)
+    resume, sites = folder.resume, list(plan.sites)
+    if resume:
+        method = adapters.attach_saved(adapters.read(resume.adapter), model, sites)
+    else:
+        method = plan.method
+        adapters.attach(method, model, sites, seed=plan.recipe.seed)
+        method.start(model, sites, plan.steps.step(0, whole=True))
+    adapters.set_training(model, True)
+    named = adapters.trainable(model)
+    optimizer = optim.build(settings, method.param_groups(model, settings.learning_rate))
+    gradients = optim.Gradients(named)
+    run = Run(plan, runtime, folder, reporter, stop, model, method, named, gradients, optimizer)
+    run.scale = torch.tensor(
+        FP16_SCALE if plan.dtype is torch.float16 else 1.0, device=runtime.device
+    )
+    if resume:
+        run.state, run.first_token = resume.state, resume.state.tokens
+        run.scale.fill_(resume.state.loss_scale)
+        method.load_state(resume.state.method)
+        optim.load_state_tensors(optimizer, named, resume.optimizer_tensors())
+    return run
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint of the step just done, then let old ones go."""
+    run.state.method = run.method.state()
+    run.state.loss_scale = run.scale.item()
+    if run.runtime.is_main:
+        names: dict[Tensor, str] = {parameter: name for name, parameter in run.named.items()}
+        checkpoint.save(
+            run.folder.checkpoints,
+            run.state,
+            run.folder.pinned,
+            optim.state_tensors(run.optimizer, names),
+            lambda path: save_adapter(run, path),
+        )
+        keep = run.plan.recipe.train.keep_checkpoints
+        checkpoint.prune(run.folder.checkpoints, keep, run.state.best_step)
+    run.runtime.wait()
+
+
+def save_adapter(run: Run, path: Path) -> None:
+    """Write the adapter with its passport into a folder that somebody else publishes."""
+    passport = passports.of_run(run.plan, run.state)
+    adapters.save(path, run.method, run.model, list(run.plan.sites), passport, run.plan.tokenizer)
+
+
+def outcome(run: Run) -> Outcome:
+    """Sum up a finished run."""
+    seconds = time.monotonic() - run.began
+    state = run.state
+    return Outcome(
+        steps=state.step,
+        final_loss=state.loss,
+        best_eval_loss=state.best_loss,
+        best_step=state.best_step,
+        tokens=state.tokens,
+        trained_tokens=state.trained_tokens,
+        tokens_per_second=(state.tokens - run.first_token) / seconds,
+        peak_memory_bytes=run.runtime.peak_bytes(),
+        wall_seconds=seconds,
+    )
