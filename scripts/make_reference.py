@@ -1,9 +1,10 @@
-"""Write recipes/REFERENCE.md, the table of all recipe keys, from the shipped schema."""
+"""Write recipes/REFERENCE.md: all recipe keys from the shipped schema, all methods from their files."""
 
 import sys
 
 from generated import ROOT, write_or_check
 
+from lorakit import adapters
 from lorakit.recipe import reference, schema
 
 HEAD = """# Recipe keys
@@ -15,6 +16,16 @@ recipe's first line `# yaml-language-server: $schema=lorakit.schema.json`.
 
 """
 
+METHODS = """
+# Methods
+
+What `adapter.method` may be; `lorakit methods NAME` shows one with its settings.
+
+| method | what it does |
+| --- | --- |
+"""
+
 if __name__ == "__main__":
-    page = HEAD + reference.table(schema.shipped())
+    rows = (f"| `{name}` | {adapters.summary(name)} |\n" for name in adapters.names())
+    page = HEAD + reference.table(schema.shipped()) + METHODS + "".join(rows)
     sys.exit(write_or_check(ROOT / "recipes/REFERENCE.md", page))
