@@ -22,7 +22,8 @@ def attach(method: Method, model: PreTrainedModel, sites: Sequence[Site], seed: 
     Raises:
         BadInput: `recipe.conflict` when a module is both adapted and saved whole.
     """
-    copies = copy_layers(copied_sites(method, find_sites(model)))
+    with model.device:
+        copies = copy_layers(copied_sites(method, find_sites(model)))
     if both := sorted({site.name for site in sites} & copies.keys()):
         raise BadInput(
             "recipe.conflict",

@@ -12,7 +12,7 @@ from lorakit.errors import BadInput, LorakitError, Notice
 from lorakit.runtime import Runtime
 from lorakit.storage import strict_json
 from lorakit.storage.lock import locked
-from lorakit.storage.publish import is_aside, publish_file, remove_folder
+from lorakit.storage.publish import is_aside, publish_file, remove_folder, sweep
 from lorakit.storage.redact import redact
 from lorakit.training import checkpoint
 from lorakit.training.checkpoint import Checkpoint
@@ -101,6 +101,9 @@ def opened(
         return
     with locked(path):
         folder = _found(path, mode, runtime, pinned, allow_inexact=allow_inexact)
+        for place in (path, folder.checkpoints):
+            if place.is_dir():
+                sweep(place)
         if mode == "overwrite":
             # What makes it a run goes last: after a kill the rest can still be overwritten.
             for entry in sorted(path.iterdir(), key=lambda entry: entry.name == RUN):

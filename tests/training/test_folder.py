@@ -110,6 +110,9 @@ def test_what_a_kill_leaves_can_be_overwritten(
     path.mkdir()
     (path / ".tmp-run.json-4194305-0123abcd").write_text("{")
     with opened(path, "start", ALONE, PINNED) as folder:
+        (folder.checkpoints / ".trash-step-000008-4194305-0123abcd").mkdir(parents=True)
+    with opened(path, "resume-or-start", ALONE, PINNED) as folder:
+        assert not list(path.rglob(".t*-*"))
         folder.write("plan.json", "{}")
         folder.adapter.mkdir()
     real = Path.unlink

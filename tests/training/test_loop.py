@@ -150,7 +150,13 @@ def test_any_split_of_a_batch_gives_the_same_run(
 
 @pytest.mark.parametrize(
     "adapter",
-    [{"rank": 4, "dropout": 0.1}, {"method": "dora", "rank": 4}, {"method": "ia3"}],
+    [
+        {"rank": 4, "dropout": 0.1},
+        {"rank": 4, "modules_to_save": ["embed_tokens", "norm"]},
+        {"method": "dora", "rank": 4},
+        {"method": "ia3"},
+        {"method": "prefix"},
+    ],
     ids=str,
 )
 def test_a_resumed_run_ends_bit_equal_to_an_uninterrupted_one(
