@@ -1,4 +1,4 @@
-"""Write recipes/REFERENCE.md: all recipe keys from the shipped schema, all methods from their files."""
+"""Write recipes/REFERENCE.md: all recipe keys from the schema, all methods from their files."""
 
 import sys
 
