@@ -7,7 +7,7 @@ The schedule, the order of the data and dropout are functions of the step, so th
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -168,5 +168,12 @@ def _open(folder: Path) -> Checkpoint:
             f"a newer lorakit wrote this checkpoint (schema {written['schema']}, known {SCHEMA})",
             where=str(folder),
             help="pip install --upgrade lorakit",
+        )
+    if written["state"].keys() != {one.name for one in fields(State)}:
+        raise BadInput(
+            "checkpoint.changed",
+            f"lorakit {written['pinned'].get('lorakit')} wrote this checkpoint in another form",
+            where=str(folder),
+            help="finish the run with that version",
         )
     return Checkpoint(folder, State(**written["state"]), written["pinned"])

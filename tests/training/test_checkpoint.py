@@ -62,6 +62,14 @@ def test_none_good_is_an_error_and_never_a_fresh_start(tmp_path: Path) -> None:
     assert caught.value.id == "checkpoint.damaged"
 
 
+def test_one_of_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "asdict", lambda state: {"step": state.step, "clock": 3.0})
+    write(tmp_path, 1)
+    with pytest.raises(BadInput, match="in another form") as caught:
+        checkpoint.newest(tmp_path)
+    assert caught.value.id == "checkpoint.changed"
+
+
 def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     for step in range(1, 7):
         write(tmp_path, step)
