@@ -159,18 +159,17 @@ def settle(run: Run, keep: int) -> bool:
 
 
 def skip(run: Run, index: int, loss: float, norm: float) -> None:
-    """Count a step that changed nothing because its loss or gradient was not finite.
+    """Say that a step changed nothing because its loss or gradient was not finite; count it.
 
     Raises:
         RunFailed: when there are more of them than `train.on_non_finite` allows. Where fp16
             gradients overflowed, the smaller loss scale is tried first.
     """
     overflowed = math.isfinite(loss) and run.scale.item() > 1 and run.plan.dtype is torch.float16
-    if overflowed:
-        return
-    run.state.skipped += 1
+    run.state.skipped += not overflowed
     allowed = run.plan.recipe.train.on_non_finite
-    if isinstance(allowed, Skip) and run.state.skipped <= allowed.skip:
+    if overflowed or (isinstance(allowed, Skip) and run.state.skipped <= allowed.skip):
+        run.reporter.skipped(index + 1, loss, norm)
         return
     places = [str(place) for place in run.plan.steps.places(index)]
     raise RunFailed(

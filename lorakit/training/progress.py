@@ -78,6 +78,11 @@ class Reporter:
             if not self._bar:
                 self.say(_line(record, self.steps, left))
 
+    def skipped(self, step: int, loss: float, norm: float) -> None:
+        """Record a step that changed nothing."""
+        self._write({"step": step, "skipped": True})
+        self.say(f"step {step}/{self.steps}  skipped: loss {loss:g}, gradient norm {norm:g}")
+
     def evaluated(self, step: int, loss: float, best: bool) -> None:
         """Record an evaluation during training."""
         self._write({"step": step, "eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))})

@@ -42,6 +42,15 @@ def test_lines_come_every_log_every_steps_with_the_first_and_the_last(tmp_path: 
     assert all("monotonic" in row for row in rows)
 
 
+def test_a_skipped_step_is_said_and_recorded(tmp_path: Path) -> None:
+    said: list[str] = []
+    metrics = tmp_path / "metrics.jsonl"
+    with Reporter(7, 3, say=said.append, console=None, metrics=metrics) as reporter:
+        reporter.skipped(2, 1.5, float("inf"))
+    assert said == ["step 2/7  skipped: loss 1.5, gradient norm inf"]
+    assert json.loads(metrics.read_text())["skipped"] is True
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.4, "0s"), (59, "59s"), (60, "1m 00s"), (200, "3m 20s"), (7500, "2h 05m")],
