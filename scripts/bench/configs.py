@@ -11,6 +11,7 @@ from typing import Any
 
 RANK, ALPHA, SEED = 16, 32, 42
 RATE, CLIP = 2e-4, 1.0
+NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MODEL = "SmolLM2-135M-Instruct-Q4_1"  # in lorakit's cache folder: scripts/fetch_smollm2.py
 
@@ -273,7 +274,7 @@ GPU_PEERS = {
                 "checkpointing": False,
                 "packing": True,
                 "longest": 2048,
-                "rows": 8,
+                "rows": 4,
             },
         ),
     ),

@@ -1,0 +1,82 @@
+"""Measure how fast this machine multiplies matrices of a model's shapes: the roof of any arm."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from measure import read_job, versions
+from torch.nn.functional import linear
+
+TOKENS, HEAD_TOKENS, SECONDS = 1024, 256, 0.25
+
+
+def products(sizes: dict[str, int]) -> Iterator[tuple[int, int, int, float]]:
+    """Yield tokens, inputs, outputs and weight in FLOPs of the products of one layer and head."""
+    hidden, mlp, keys, layers = (sizes[name] for name in ("hidden", "mlp", "keys", "layers"))
+    for inputs, outputs, count in (
+        (hidden, hidden, 2),
+        (hidden, keys, 2),
+        (hidden, mlp, 2),
+        (mlp, hidden, 1),
+    ):
+        yield TOKENS, inputs, outputs, count * layers * inputs * outputs
+    yield HEAD_TOKENS, hidden, sizes["vocabulary"], hidden * sizes["vocabulary"]
+
+
+def fastest(call: Callable[[], Any], seconds: float) -> float:
+    """Return the shortest of as many calls as fit into some seconds, at least three."""
+    call()
+    best, began, calls = float("inf"), time.perf_counter(), 0
+    while calls < 3 or time.perf_counter() - began < seconds:
+        start = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        best, calls = min(best, time.perf_counter() - start), calls + 1
+    return best
+
+
+def rate(sizes: dict[str, int], dtype: torch.dtype, device: str, seconds: float) -> dict[str, Any]:
+    """Return GFLOP/s over forward and input-gradient products, each weighted by its share."""
+    shapes, work, needed = [], 0.0, 0.0
+    for tokens, inputs, outputs, weight in products(sizes):
+        x = torch.randn(tokens, inputs, dtype=dtype, device=device)
+        w = torch.randn(outputs, inputs, dtype=dtype, device=device)
+        g = torch.randn(tokens, outputs, dtype=dtype, device=device)
+        flops = 2 * tokens * inputs * outputs
+        forward = fastest(lambda x=x, w=w: linear(x, w), seconds)
+        backward = fastest(lambda g=g, w=w: g @ w, seconds)
+        shapes.append(
+            {
+                "shape": [tokens, inputs, outputs],
+                "forward": round(flops / forward / 1e9, 1),
+                "backward": round(flops / backward / 1e9, 1),
+            }
+        )
+        work += 2 * weight
+        needed += weight * (forward + backward) / flops
+    return {"gflops": round(work / needed / 1e9, 1), "shapes": shapes}
+
+
+def main() -> None:
+    """Print the rates in fp32, as torch does it and as oneDNN does it, and in bf16."""
+    job = read_job()
+    sizes, device, seconds = job["sizes"], job["device"], job.get("seconds", SECONDS)
+    found = {"fp32": rate(sizes, torch.float32, device, seconds)}
+    torch.set_float32_matmul_precision("medium")
+    x, w = torch.randn(64, 512, device=device), torch.randn(512, 512, device=device)
+    exact = x.double() @ w.double().t()
+    error = float((linear(x, w) - exact).abs().max() / exact.abs().max())
+    found["fp32, precision medium"] = {
+        **rate(sizes, torch.float32, device, seconds),
+        "relative_error": error,
+    }
+    torch.set_float32_matmul_precision("highest")
+    found["bf16"] = rate(sizes, torch.bfloat16, device, seconds)
+    print(json.dumps({"roof": found, "threads": torch.get_num_threads(), "versions": versions()}))
+
+
+if __name__ == "__main__":
+    main()
