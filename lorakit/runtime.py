@@ -140,6 +140,9 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    # They find modules where this process does: `-m` alone would look in the working folder first.
+    here = {"", os.getcwd()} & set(sys.path)
+    command = [sys.executable, *([] if here else ["-P"]), "-m", "lorakit", *arguments]
     started: list[subprocess.Popen[bytes]] = []
     hung_up = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL else []
     for number in (*SIGNALS, *hung_up):
@@ -154,7 +157,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         }
         started.append(
             subprocess.Popen(
-                [sys.executable, "-m", "lorakit", *arguments],
+                command,
                 env={**environment.all_variables(), **place},
                 stdout=None if process == 0 else subprocess.DEVNULL,
                 # Of its own, or a terminal's Ctrl-C would come twice: from there and from here.
@@ -162,16 +165,15 @@ def launch(arguments: Sequence[str], processes: int) -> int:
             )
         )
     first = _first_failure(started)
-    if first.returncode >= 0:
-        return first.returncode
-    ended_by = signal.Signals(-first.returncode)
-    if ended_by in (*SIGNALS, *hung_up):
-        end_by(ended_by)
-    if started[0].returncode > 0:
-        return started[0].returncode
+    main, code = started[0].returncode, first.returncode
+    if -code in (*SIGNALS, *hung_up):
+        end_by(signal.Signals(-code))
+    if main >= 0:
+        return code if code > 0 else main
+    reason = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
     raise RunFailed(
         "run.worker-died",
-        f"process {started.index(first)} of {processes} was ended by {ended_by.name}",
+        f"process {started.index(first)} of {processes} {reason}",
         help="SIGKILL often means that memory ran out; run the same command with --resume",
     )
 

@@ -12,7 +12,7 @@ from lorakit.data.kept import Kept
 from lorakit.data.report import Report
 from lorakit.data.template import Renderer
 from lorakit.data.tokens import Encoder, Example, Prompt
-from lorakit.errors import BadInput, Interrupted, Notice
+from lorakit.errors import BadInput, Notice
 from lorakit.recipe.sections import Data, Source
 
 ROWS_AT_ONCE = 512
@@ -49,7 +49,6 @@ def prepare(
     eval_sources: Sequence[Source] | None = None,
     only: Literal["train", "eval"] | None = None,
     advance: Callable[[int], None] = lambda _: None,
-    stop: Callable[[], bool] = lambda: False,
 ) -> Dataset:
     """Read, render and tokenise all data.
 
@@ -64,12 +63,10 @@ def prepare(
         eval_sources: taken in place of `data.eval`.
         only: the set to tokenise; the other is left empty.
         advance: hears how many more rows are done.
-        stop: asked now and then whether to stop.
 
     Raises:
         BadInput: when a row, the template or the lengths do not allow training.
         EnvironmentLacks: `env.offline`.
-        Interrupted: when `stop` said so; nothing was written.
     """
     max_length = longest_allowed(section, base_context)
     items = read(
@@ -88,9 +85,6 @@ def prepare(
         if only not in (None, name):
             continue
         for at in range(0, len(some), ROWS_AT_ONCE):
-            if stop():
-                message = "stopped while the data was read; nothing was written"
-                raise Interrupted("run.interrupted", message)
             several = some[at : at + ROWS_AT_ONCE]
             sets[name].add(several, renderer, encoder)
             advance(len(several))

@@ -1,6 +1,10 @@
 """What every command does alike: streams, JSON, warnings, errors and exit codes."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +158,44 @@ def test_no_escape_codes_off_a_terminal_and_markup_is_only_text() -> None:
     assert "\x1b" not in ended.stdout + ended.stderr
     assert "[bold red]text[/]" in ended.stderr
     assert ended.stdout == "[link=x]text[/link]\n"
+
+
+def test_nothing_is_drawn_off_a_terminal_even_with_forced_colour(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    seen = []
+    assert runner.invoke(app_that(lambda screen: seen.append(screen.live))).exit_code == 0
+    assert seen == [False]
+
+
+def test_a_log_that_cannot_be_written_hides_no_error(tmp_path: Path) -> None:
+    def act(screen: Screen) -> None:
+        screen.log_to(tmp_path / "absent" / "log.txt")
+        raise RunFailed("storage.full", "the disk is full")
+
+    ended = runner.invoke(app_that(act))
+    assert ended.exit_code == 3
+    assert "the disk is full" in ended.stderr
+
+
+def test_ctrl_c_with_nothing_to_save_ends_the_process_by_that_signal() -> None:
+    program = """
+import typer
+from lorakit.cli.screen import command
+
+app = typer.Typer()
+
+@app.command()
+@command
+def work(screen):
+    raise KeyboardInterrupt
+
+app()
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert ended.returncode == -signal.SIGINT
+    assert ended.stdout == ended.stderr == ""

@@ -40,6 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Start a run in a process group of its own, as a shell does."""
     return subprocess.Popen(
         [sys.executable, "-m", "lorakit", "train", "recipe.yaml", *arguments],
         cwd=folder,
@@ -47,6 +48,7 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        process_group=0,
     )
 
 
@@ -63,6 +65,16 @@ def adapter(folder: Path, run: str) -> dict[str, torch.Tensor]:
 def losses(folder: Path, run: str) -> list[float]:
     rows = (folder / run / "metrics.jsonl").read_text().splitlines()
     return [json.loads(row).get("loss") or json.loads(row)["eval_loss"] for row in rows]
+
+
+def wait_for_steps(run: subprocess.Popen[str], out: Path) -> None:
+    """Wait until a run is well under way."""
+    metrics = out / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 5):
+        assert time.monotonic() < deadline
+        assert run.poll() is None
+        time.sleep(0.01)
 
 
 def test_two_processes_train_what_one_does(folder: Path) -> None:
@@ -90,12 +102,7 @@ def test_sigterm_saves_and_exits_75_and_the_resumed_run_is_bit_equal(folder: Pat
     slow = ["--set", "train.epochs=60", "--set", "train.log_every=1"]
     finish(start(folder, "--out", "whole", *slow))
     cut = start(folder, "--out", "cut", *slow)
-    metrics = folder / "cut" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 5):
-        assert time.monotonic() < deadline
-        assert cut.poll() is None
-        time.sleep(0.01)
+    wait_for_steps(cut, folder / "cut")
     cut.send_signal(signal.SIGTERM)
     _, err = finish(cut, exit=75)
     assert "error[run.interrupted]: stopped by SIGTERM after step" in err
@@ -105,3 +112,45 @@ def test_sigterm_saves_and_exits_75_and_the_resumed_run_is_bit_equal(folder: Pat
     whole, resumed = adapter(folder, "whole"), adapter(folder, "cut")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert len(json.loads((folder / "cut" / "run.json").read_text())["resumes"]) == 1
+
+
+def test_ctrl_c_reaches_every_process_once(folder: Path) -> None:
+    long = ["--nproc", "2", "--set", "train.epochs=2000", "--set", "train.log_every=1"]
+    run = start(folder, "--out", "both", *long)
+    wait_for_steps(run, folder / "both")
+    os.killpg(run.pid, signal.SIGINT)  # what a terminal does
+    _, err = finish(run, exit=75)
+    assert "stopped by SIGINT after step" in err
+
+
+def test_a_process_that_is_killed_ends_the_run_with_one_document(folder: Path) -> None:
+    long = ["--nproc", "2", "--set", "train.epochs=2000", "--set", "train.log_every=1"]
+    run = start(folder, "--out", "killed", *long, "--json")
+    wait_for_steps(run, folder / "killed")
+    holder = (folder / "killed" / ".lock").read_text().split()
+    os.kill(int(holder[1]), signal.SIGKILL)
+    out, err = finish(run, exit=3)
+    assert "process 0 of 2 was ended by SIGKILL" in err
+    assert json.loads(out)["error"]["id"] == "run.worker-died"
+
+
+def test_processes_take_no_module_from_the_working_folder(folder: Path) -> None:
+    (folder / "here").mkdir()
+    (folder / "here" / "types.py").write_text("raise RuntimeError('the wrong types')")
+    program = "from lorakit.runtime import launch; print(launch(['--version'], 2))"
+    ended = subprocess.run(
+        [sys.executable, "-P", "-c", program],
+        cwd=folder / "here",
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.stdout.splitlines()[-1] == "0", ended.stderr
+
+
+def test_more_processes_than_rows_in_a_step(folder: Path) -> None:
+    few = ["--set", "train.batch_size=1", "--set", "train.micro_batch_size=1", "--max-steps", "2"]
+    finish(start(folder, "--out", "few", "--nproc", "2", *few))
+    finish(start(folder, "--out", "alone", *few))
+    one, two = adapter(folder, "alone"), adapter(folder, "few")
+    assert all(torch.equal(one[name], two[name]) for name in one)

@@ -12,7 +12,7 @@ from lorakit.data.formats import Conversation, Message
 from lorakit.data.items import Item, split
 from lorakit.data.prepare import Dataset
 from lorakit.data.tokens import MASKED
-from lorakit.errors import BadInput, Interrupted, Place
+from lorakit.errors import BadInput, Place
 from lorakit.recipe.sections import Source
 from tests.data.given import (
     THINKING,
@@ -257,14 +257,12 @@ def test_text_has_no_prompts(tmp_path: Path) -> None:
     assert found.report.eval.ends_in_stop == 2
 
 
-def test_progress_and_stop(tmp_path: Path) -> None:
+def test_progress(tmp_path: Path) -> None:
     path = rows_file(tmp_path, SHORT * 60)
     heard: list[int] = []
     prepared(section(path, eval=0.5), advance=heard.append)
     assert sum(heard) == 1200
     assert len(heard) > 2
-    with pytest.raises(Interrupted):
-        prepared(section(path), stop=lambda: True)
 
 
 CODE = """
