@@ -6,6 +6,7 @@ is imported when it is asked for.
 
 import ast
 import difflib
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,7 @@ __all__ = [
     "layers_of",
     "merge_layers",
     "names",
+    "paper",
     "read",
     "save",
     "set_training",
@@ -75,6 +77,12 @@ def names() -> tuple[str, ...]:
 def summary(name: str) -> str:
     """Return what a method is, in one line: the first of its file."""
     return (ast.get_docstring(_parsed(name)) or "").partition("\n")[0]
+
+
+def paper(name: str) -> str | None:
+    """Return the arXiv number of the paper that a method's file names."""
+    found = re.search(r"arXiv\s+(\d{4}\.\d{5})", ast.get_docstring(_parsed(name)) or "")
+    return found[1] if found else None
 
 
 def foreign() -> dict[str, str]:

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from lorakit import adapters
 from lorakit.cli.screen import Screen, command
+from lorakit.recipe.expected import describe, variants
 
 
 @command
@@ -17,41 +18,47 @@ def methods(
     if name:
         _one(screen, name)
         return
-    rows = [{"name": one, "summary": adapters.summary(one)} for one in adapters.names()]
-    table = Table("method", "what it does", box=None, pad_edge=False)
+    rows = [
+        {"name": one, "summary": adapters.summary(one), "paper": adapters.paper(one)}
+        for one in adapters.names()
+    ]
+    table = Table("method", "arXiv", "what it does", box=None, pad_edge=False)
     for row in rows:
-        table.add_row(row["name"], row["summary"])
+        table.add_row(row["name"], row["paper"], row["summary"])
     screen.result(table, {"methods": rows})
 
 
 def _one(screen: Screen, name: str) -> None:
     method = adapters.get(name)
+    schema = method.Settings.model_json_schema()
     settings: list[dict[str, Any]] = [
         {
             "key": key,
+            "value": describe(variants(schema["properties"][key], schema)),
             "default": field.get_default(call_default_factory=True),
             "description": field.description,
         }
         for key, field in method.Settings.model_fields.items()
         if key != "method"
     ]
-    table = Table("key", "default", "description", box=None, pad_edge=False)
+    table = Table("key", "value", "default", "description", box=None, pad_edge=False)
     for row in settings:
-        table.add_row(row["key"], _shown(row["default"]), row["description"])
+        table.add_row(row["key"], row["value"], _shown(row["default"]), row["description"])
     facts = {
         "name": name,
         "summary": adapters.summary(name),
+        "paper": adapters.paper(name),
         "mergeable": method.mergeable,
         "packs": method.packs,
     }
     lines = [
         f"{name}: {facts['summary']}",
-        f"merges into the base: {'yes' if method.mergeable else 'no'}   "
+        f"arXiv {facts['paper']}   merges into the base: {'yes' if method.mergeable else 'no'}   "
         f"trains on packed rows: {'yes' if method.packs else 'no'}",
     ]
     if not screen.json:
         for line in lines:
-            screen.out.print(line, markup=False, highlight=False)
+            screen.out.print(line, markup=False, highlight=False, soft_wrap=True)
     screen.result(table, {"methods": [{**facts, "settings": settings}]})
 
 
