@@ -186,6 +186,37 @@ LLAMA_1B = {
     "tie_word_embeddings": True,
 }
 
+# Rows of very different lengths in a small model: packed by lorakit, padded by PEFT.
+_GRADIENTS = {"gradients": True}
+GPU_LAWS = Config(
+    "laws",
+    "5 steps of 6 rows of 5 to 240 tokens, a third of each masked: packed against padded",
+    (5, 17, 64, 100, 180, 240),
+    0.33,
+    (
+        Arm("lorakit", LORAKIT, "fp32", _GRADIENTS),
+        Arm("lorakit, rows one by one", LORAKIT, "fp32", {**_GRADIENTS, "rows": 1}),
+        Arm("lorakit, checkpointing on", LORAKIT, "fp32", {**_GRADIENTS, "checkpointing": True}),
+        Arm("lorakit, bf16", LORAKIT, "bf16"),
+        Arm("PEFT loop", BARE, "fp32", _GRADIENTS),
+        Arm("PEFT loop bf16", BARE, "bf16"),
+    ),
+    "PEFT loop",
+    steps=5,
+    started=True,
+)
+GPU_MEMORY = Config(
+    "M1",
+    "1 row of 2048 tokens, all trained: the peak against the plan",
+    (2048,),
+    0.0,
+    (
+        Arm("lorakit, checkpointing off", LORAKIT, "bf16", {"checkpointing": False}),
+        Arm("lorakit, checkpointing on", LORAKIT, "bf16", {"checkpointing": True}),
+    ),
+    "none",
+)
+
 _PEERS_GPU = {"rows": 4, "autocast": True}
 GPU = (
     Config(

@@ -179,7 +179,8 @@ def main() -> None:
         write_model(Path(made["folder"]), made["shape"], shard=made.get("shard", "5GB"))
     for adapter in task.get("adapters", []):
         write_adapter(Path(adapter["folder"]), Path(adapter["base"]))
-    facts: dict[str, Any] = {"dtype": best_dtype(), "configs": {}}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    facts: dict[str, Any] = {"dtype": best_dtype(), "gpu": gpu, "configs": {}}
     if "model" in task:
         model = Path(task["model"])
         facts["sizes"] = sizes(model)

@@ -40,6 +40,35 @@ def cpu(results: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def gpu(found: dict[str, Any]) -> str:
+    """Return what a section on a GPU found."""
+    if "machine" not in found:
+        return found.get("error", "")
+    machine = found["machine"]
+    parts = [
+        f"{found['date']}, commit {found['commit']}, {machine['gpu'] or machine['cpu']}"
+        f"{' (a tiny try)' if found['tiny'] else ''}, {found['minutes']} minutes",
+        *([found["environment"]] if "environment" in found else []),
+        *([_roof(found)] if "roof" in found else []),
+        *(_config(config, found) for config in found.get("configs", [])),
+    ]
+    if "rows" in found:
+        cells = [_planned(row) for row in found["rows"]]
+        parts.append(_table(["base", "arm", "tokens", "peak GiB", "planned GiB", "ratio"], cells))
+    if "pytest" in found:
+        parts.append("pytest -m gpu: " + str(found["pytest"].get("error", found["pytest"])))
+        parts.append(f"not equal: {', '.join(found['not_equal']) or 'none'}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _planned(row: dict[str, Any]) -> list[str]:
+    if "error" in row:
+        return [row["base"], row["name"], str(row["tokens"]), _short(row["error"]), "", ""]
+    peak, planned = row["memory"]["peak"], row["planned"]["total"]
+    sizes = [f"{peak / GIB:.2f}", f"{planned / GIB:.2f}", f"{peak / planned:.2f}"]
+    return [row["base"], row["name"], str(row["tokens"]), *sizes]
+
+
 def _table(header: list[str], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows]]
     return "\n".join(lines)
