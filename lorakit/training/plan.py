@@ -139,9 +139,7 @@ class Plan:
         )
 
 
-def make(
-    recipe: Recipe, runtime: Runtime, permissions: Permissions, *, data: Dataset | None = None
-) -> Plan:
+def make(recipe: Recipe, runtime: Runtime, permissions: Permissions) -> Plan:
     """Work out everything that can be known without weights.
 
     Raises:
@@ -160,7 +158,7 @@ def make(
     method, sites, coverage = choose(recipe, skeleton)
     dtype = resolve_dtype(recipe.model.dtype, runtime.device)
     tokenizer = base_models.load_tokenizer(base)
-    dataset = data or prepare_data(recipe, base, tokenizer, permissions)
+    dataset = prepare_data(recipe, base, tokenizer, permissions)
     # What is saved beside the adapter is the template that its rows were rendered with.
     tokenizer.chat_template = dataset.chat_template
     notices = [*base.notices, *unusual(recipe), *coverage, *dataset.notices]
@@ -214,9 +212,17 @@ def choose(recipe: Recipe, skeleton: PreTrainedModel) -> tuple[Method, list[Site
     """Make the method and find its sites, with a notice where layers are covered unevenly.
 
     Raises:
-        BadInput: when a target matches nothing, or a rank does not fit.
+        BadInput: when a target matches nothing, a rank does not fit, or a merge is asked of a
+            method that has none.
     """
     method = adapters.get(recipe.adapter.method)(recipe.adapter)
+    if recipe.merge.enabled and not method.mergeable:
+        raise BadInput(
+            "recipe.conflict",
+            f"merge.enabled: {method.name()} changes no weights, so there is nothing to merge",
+            where=recipe.origin.place("merge", "enabled"),
+            help="set merge.enabled: false; the adapter works beside its base",
+        )
     candidates = find_sites(skeleton)
     try:
         chosen = method.sites(candidates)

@@ -1,0 +1,96 @@
+"""What a plan says before any weight is read, and what it refuses."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lorakit import adapters
+from lorakit.cli.running import as_begun
+from lorakit.errors import BadInput
+from lorakit.model import base as base_models
+from lorakit.recipe.reader import read
+from lorakit.runtime import Runtime
+from lorakit.training.checkpoint import Checkpoint, State
+from lorakit.training.folder import RunFolder
+from lorakit.training.plan import Permissions, Plan, make
+from tests.tiny import write_tiny_model
+
+ALONE = Runtime(torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("plan")
+    write_tiny_model(path / "model", "llama", tied=True)
+    row = '{{"prompt": "the capital {n}", "completion": "of france"}}\n'
+    (path / "rows.jsonl").write_text("".join(row.format(n=n) for n in range(10)))
+    return path
+
+
+def planned(folder: Path, **sections: Any) -> Plan:
+    file = folder / "recipe.yaml"
+    recipe = {"model": {"path": "model", "dtype": "fp32"}, "data": {"train": "rows.jsonl"}}
+    for name, section in sections.items():
+        recipe[name] = recipe.get(name, {}) | section
+    file.write_text(yaml.safe_dump(recipe))
+    made = read(str(file), adapters.settings_for, [], environ={})
+    return make(made, ALONE, Permissions(offline=True))
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"rank": 4, "target_modules": ["q_proj", "v_proj"]},
+        {"rank": 4, "modules_to_save": ["embed_tokens", "norm"]},
+        {"method": "dora", "rank": 2},
+        {"method": "ia3"},
+        {"method": "prefix"},
+    ],
+    ids=str,
+)
+def test_the_counts_of_a_plan_are_those_of_the_adapted_model(
+    folder: Path, adapter: dict[str, Any]
+) -> None:
+    plan = planned(folder, adapter=adapter)
+    model = base_models.load(plan.base, device=ALONE.device, dtype=plan.dtype)
+    assert plan.total == sum(p.numel() for p in model.parameters())
+    adapters.attach(plan.method, model, list(plan.sites), seed=0)
+    assert plan.trainable == sum(p.numel() for p in adapters.trainable(model).values())
+    facts = plan.facts()
+    assert sum(group.sites for group in plan.groups) == len(facts["sites"])
+    assert facts["memory"]["total"] == sum(plan.memory.parts.values())
+    assert facts["tokens"] == sum(plan.steps.tokens_of(n)[0] for n in range(plan.steps.total))
+    assert all(label or text for label, text in plan.lines())
+
+
+def test_a_merge_that_cannot_be_is_refused_before_training(folder: Path) -> None:
+    with pytest.raises(BadInput, match=r"merge\.enabled: prefix") as caught:
+        planned(folder, adapter={"method": "prefix"}, merge={"enabled": True})
+    assert caught.value.id == "recipe.conflict"
+    assert caught.value.where is not None
+    assert caught.value.where.line
+
+
+def test_packing_goes_where_it_was_not_asked_for_and_is_an_error_where_it_was(
+    folder: Path,
+) -> None:
+    plan = planned(folder, adapter={"method": "prefix"})
+    assert plan.packing is False
+    assert "run.packing-off" in [notice.id for notice in plan.notices]
+    with pytest.raises(BadInput, match=r"data\.packing"):
+        planned(folder, adapter={"method": "prefix"}, data={"packing": True})
+
+
+def test_a_run_that_goes_on_keeps_its_automatic_choices(folder: Path) -> None:
+    plan = planned(folder)
+    assert not plan.checkpointing
+    begun = RunFolder(folder, True, {}, {"gradient_checkpointing": True})
+    assert as_begun(plan, begun) is plan
+    resumed = replace(begun, resume=Checkpoint(folder, State(), {}))
+    assert as_begun(plan, resumed).checkpointing
+    chosen = planned(folder, train={"gradient_checkpointing": False})
+    assert not as_begun(chosen, resumed).checkpointing
