@@ -7,9 +7,9 @@ that are not finite are a failure. What cannot be seen without the base is check
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from lorakit import adapters
@@ -36,6 +36,40 @@ COMMON_KEYS = frozenset(
     """.split()
 )
 TASKS = (None, "CAUSAL_LM")
+
+
+class _Source(BaseModel):
+    format: str | None = None
+
+
+class _Data(BaseModel):
+    train: list[_Source] = []
+    format: str | None = None
+    system: str | None = None
+
+
+class _Model(BaseModel):
+    path: str | None = None
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+
+
+class _Recipe(BaseModel):
+    model: _Model = _Model()
+    data: _Data = _Data()
+
+
+class _Base(BaseModel):
+    name: str | None = None
+    revision: str | None = None
+    fingerprint: str | None = None
+
+
+class _Passport(BaseModel):
+    """What is read of a passport: each part may be absent, and none may be of another type."""
+
+    base: _Base = _Base()
+    recipe: _Recipe = _Recipe()
+    template_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -147,6 +181,13 @@ def _read_passport(folder: Path) -> dict[str, Any] | None:
         raise BadInput("adapter.bad-config", message, where=str(path), help="update lorakit")
     if not isinstance(files, dict) or not isinstance(files.get(TENSORS), str):
         raise BadInput("adapter.bad-config", f"files holds no digest of {TENSORS}", where=str(path))
+    try:
+        _Passport.model_validate(passport)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        message = f"{key}: a value of another type is expected, found {shown(first['input'])}"
+        raise BadInput("adapter.bad-config", message, where=str(path)) from None
     check_sha256(folder / TENSORS, files[TENSORS], "adapter")
     return passport
 

@@ -439,6 +439,30 @@ def test_a_passport_that_cannot_be_read_is_refused(folder, passport):
     assert refusal(folder).id == "adapter.bad-config"
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"base": None},
+        {"base": 5},
+        {"base": {"name": 5}},
+        {"recipe": []},
+        {"recipe": {"model": "x"}},
+        {"recipe": {"model": {"path": 5}}},
+        {"recipe": {"model": {"dtype": "int3"}}},
+        {"recipe": {"data": {"train": "x"}}},
+        {"recipe": {"data": {"train": ["x"]}}},
+        {"recipe": {"data": {"system": 5}}},
+        {"template_sha256": 5},
+    ],
+)
+def test_a_passport_with_other_types_is_refused(folder, changes):
+    passport = json.loads((folder / PASSPORT).read_text())
+    (folder / PASSPORT).write_text(json.dumps(passport | changes))
+    error = refusal(folder)
+    assert error.id == "adapter.bad-config"
+    assert error.message.startswith(next(iter(changes)))
+
+
 def test_a_passport_of_another_method_is_refused(folder):
     passport = json.loads((folder / PASSPORT).read_text())
     (folder / PASSPORT).write_text(json.dumps(passport | {"method": "dora"}))
