@@ -139,8 +139,10 @@ class Plan:
         )
 
 
-def make(recipe: Recipe, runtime: Runtime, permissions: Permissions) -> Plan:
-    """Work out everything that can be known without weights.
+def make(
+    recipe: Recipe, runtime: Runtime, permissions: Permissions, *, data: Dataset | None = None
+) -> Plan:
+    """Work out everything that can be known without weights; `data` stands in for the recipe's.
 
     Raises:
         BadInput: when the recipe, the model's files or the data cannot be used.
@@ -158,7 +160,7 @@ def make(recipe: Recipe, runtime: Runtime, permissions: Permissions) -> Plan:
     method, sites, coverage = choose(recipe, skeleton)
     dtype = resolve_dtype(recipe.model.dtype, runtime.device)
     tokenizer = base_models.load_tokenizer(base)
-    dataset = prepare_data(recipe, base, tokenizer, permissions)
+    dataset = data or prepare_data(recipe, base, tokenizer, permissions)
     # What is saved beside the adapter is the template that its rows were rendered with.
     tokenizer.chat_template = dataset.chat_template
     notices = [*base.notices, *unusual(recipe), *coverage, *dataset.notices]
