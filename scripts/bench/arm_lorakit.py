@@ -27,14 +27,16 @@ from lorakit.data.prepare import Dataset
 from lorakit.data.report import Report
 from lorakit.data.tokens import Example
 from lorakit.errors import Place
+from lorakit.processes import Stop
 from lorakit.recipe.reader import read
-from lorakit.runtime import Stop, start
+from lorakit.runtime import start
 from lorakit.training import loop
 from lorakit.training.folder import RunFolder
 from lorakit.training.plan import Permissions, Plan, make
 from lorakit.training.progress import Reporter, StepRecord
 
 DTYPES = {"best": "auto"}
+CPU, HOTTEST = torch.profiler.ProfilerActivity.CPU, 16
 
 
 class Enough(Exception):
@@ -48,16 +50,19 @@ class Timing(Reporter):
     two steps, and warm-up.
     """
 
-    def __init__(self, steps: int, clock: Clock) -> None:
-        """Report to nobody else."""
+    def __init__(self, steps: int, clock: Clock, profiler: Any = None) -> None:
+        """Report to nobody else; profile what comes after the warm-up where a profiler is given."""
         super().__init__(steps, steps, say=lambda _: None, console=None, metrics=None)
-        self.clock = clock
+        self.clock, self.profiler = clock, profiler
         self.losses: list[float] = []
 
     def step(self, record: StepRecord) -> None:
         """Keep the loss of one step."""
         self.losses.append(record.loss)
-        if self.clock.tick():
+        enough = self.clock.tick()
+        if self.profiler and len(self.losses) == self.clock.warm:
+            self.profiler.start()
+        if enough:
             raise Enough
 
 
@@ -137,11 +142,29 @@ def keep_gradients(run: Any, path: str) -> None:
     run.gradients.clip = written
 
 
+def hottest(profiler: Any) -> list[dict[str, Any]]:
+    """Return the operations that take the most time themselves, and their share of all."""
+    profiler.stop()
+    events = profiler.key_averages()
+    every = sum(event.self_cpu_time_total for event in events)
+    top = sorted(events, key=lambda event: -event.self_cpu_time_total)[:HOTTEST]
+    return [
+        {
+            "operation": event.key,
+            "share": round(event.self_cpu_time_total / every, 4),
+            "milliseconds": round(event.self_cpu_time_total / 1e3, 1),
+            "calls": event.count,
+        }
+        for event in top
+    ]
+
+
 def main() -> None:
     """Train as the job says and report the times."""
     job = read_job()
     plan, runtime, clock = plan_of(job), start(), Clock(job, torch)
-    timing, loaded = Timing(plan.steps.total, clock), {}
+    profiler = torch.profiler.profile(activities=[CPU]) if job.get("profile") else None
+    timing, loaded = Timing(plan.steps.total, clock, profiler), {}
     prepare = loop.prepare
 
     def prepared(*arguments: Any) -> Any:
@@ -156,7 +179,7 @@ def main() -> None:
     loop.prepare = prepared
     folder = RunFolder(Path(job["folder"]) / "run", True, {})
     with suppress(Enough):
-        loop.train(plan, runtime, folder, timing, Stop())
+        loop.train(plan, runtime, folder, timing, loop.Stop())
     report(
         losses=timing.losses,
         seconds=clock.seconds,
@@ -167,6 +190,7 @@ def main() -> None:
         dtype=str(plan.dtype).removeprefix("torch."),
         checkpointing=plan.checkpointing,
         threads=torch.get_num_threads(),
+        **({"profile": hottest(profiler)} if profiler else {}),
     )
 
 

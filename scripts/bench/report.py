@@ -37,6 +37,7 @@ def cpu(results: dict[str, Any]) -> str:
     parts += [_config(config, results) for config in results["configs"]]
     parts += [_start_up(results["start_up"])] if "start_up" in results else []
     parts += [_merge(results["merge"])] if "merge" in results else []
+    parts += [_profile(results["profile"])] if "profile" in results else []
     return "\n\n".join(parts) + "\n"
 
 
@@ -183,6 +184,19 @@ def _goal(goal: configs.Goal, arms: dict[str, Any], dtype: str) -> list[str] | N
         f"{memory:.2f}x",
         f"≤ {goal.memory:g}x {_met(memory <= goal.memory)}" if goal.memory else "",
     ]
+
+
+def _profile(found: dict[str, Any]) -> str:
+    if "error" in found:
+        return f"Profile: {_short(found['error'])}"
+    rows = [
+        [f"`{row['operation']}`", f"{row['share']:.1%}", str(row["calls"])]
+        for row in found["profile"]
+        if row["share"] >= 0.01
+    ]
+    return f"Where one step of C2 goes in lorakit, {found['dtype']}\n\n" + _table(
+        ["operation", "share of the step", "calls"], rows
+    )
 
 
 def _start_up(found: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,18 @@ def everything(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
         else:
             say(name)
             results["merge" if name == "C6" else "start_up"] = at_the_prompt(bench, name)
+    if "C2" in by_id:
+        results["profile"] = profiled(bench, by_id["C2"])
     results["minutes"] = round((time.monotonic() - bench.began) / 60, 1)
     return results
+
+
+def profiled(bench: Bench, config: configs.Config) -> dict[str, Any]:
+    """Return what lorakit's time goes to in one step, from a run that is not timed."""
+    arm = configs.Arm("lorakit, profiled", configs.LORAKIT, options={"profile": True})
+    untimed = replace(bench, warm=1, timed=1)
+    row = untimed.one_arm(config, arm, arm.name)
+    return {key: row[key] for key in ("profile", "dtype", "error", "busy") if key in row}
 
 
 def at_the_prompt(bench: Bench, name: str) -> dict[str, Any]:
