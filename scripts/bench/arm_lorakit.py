@@ -27,7 +27,6 @@ from lorakit.data.prepare import Dataset
 from lorakit.data.report import Report
 from lorakit.data.tokens import Example
 from lorakit.errors import Place
-from lorakit.processes import Stop
 from lorakit.recipe.reader import read
 from lorakit.runtime import start
 from lorakit.training import loop
