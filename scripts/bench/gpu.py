@@ -17,7 +17,7 @@ import time
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import configs
 import machine
@@ -77,7 +77,6 @@ def speed(options: argparse.Namespace, name: str) -> dict[str, Any]:
     """Run G1, G3 or G5 as they are settled."""
     config = next(config for config in configs.GPU if config.id == name)
     if name == "G5" and (reason := no_nf4()):
-        print(f"G5 is not available yet: {reason}")
         return {"error": reason, "arms": []}
     bench = bench_of(options, "8b", warm=3, timed=20, seconds=35.0)
     prepare(bench, "8b", [config])
@@ -89,10 +88,11 @@ def no_nf4() -> str | None:
     """Return why lorakit cannot train on an NF4 base here, None when it can."""
     from lorakit.recipe.sections import Model
 
-    if "quantization" not in Model.model_fields:
-        return "lorakit's recipe has no model.quantization in this version"
+    field = Model.model_fields.get("quantization")
+    if field is None or "nf4" not in get_args(field.annotation):
+        return "G5 is not available yet: model.quantization knows no nf4 in this version of lorakit"
     if importlib.util.find_spec("bitsandbytes") is None:
-        return "bitsandbytes is not installed on this machine"
+        return "G5 did not run: bitsandbytes is not installed on this machine"
     return None
 
 
