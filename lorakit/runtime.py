@@ -1,4 +1,4 @@
-"""The machine a run has: device, processes, threads, memory, and the flag that stops it.
+"""The machine a run has: device, processes, threads and memory.
 
 The only place that asks which device is there or how many processes take part. One process is
 the path of eight: a sum over one process is the value itself.
@@ -6,24 +6,16 @@ the path of eight: a sum over one process is the value itself.
 
 import os
 import resource
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from types import FrameType
 
 import torch
 import torch.distributed
 
 from lorakit import environment
-from lorakit.errors import EnvironmentLacks, Interrupted, RunFailed
+from lorakit.errors import EnvironmentLacks, RunFailed
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # A collective that takes longer means that another process hangs.
 PATIENCE = timedelta(minutes=30)
 
@@ -57,7 +49,7 @@ class Runtime:
             except RuntimeError as error:
                 raise RunFailed(
                     "run.worker-died",
-                    f"process {self.process} of {self.processes} lost another one: {error}",
+                    f"process {self.process} of {self.processes} lost another one",
                     help="the last checkpoint is intact: run the same command with --resume",
                 ) from error
         return tensor
@@ -126,115 +118,6 @@ def start() -> Runtime:
             backend, rank=process, world_size=processes, timeout=PATIENCE
         )
     return Runtime(device, process, processes)
-
-
-def launch(arguments: Sequence[str], processes: int) -> int:
-    """Run lorakit with these arguments in several processes on this machine; return the exit code.
-
-    The first process that fails decides the code; the others are then stopped. Signals are
-    passed on, so that every process saves and stops by itself.
-
-    Raises:
-        RunFailed: when the main process could not say itself what ended it.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # They find modules where this process does: `-m` alone would look in the working folder first.
-    here = {"", os.getcwd()} & set(sys.path)
-    command = [sys.executable, *([] if here else ["-P"]), "-m", "lorakit", *arguments]
-    started: list[subprocess.Popen[bytes]] = []
-    hung_up = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL else []
-    for number in (*SIGNALS, *hung_up):
-        signal.signal(number, lambda received, _: _pass_on(received, started))
-    for process in range(processes):
-        place = {
-            "RANK": str(process),
-            "LOCAL_RANK": str(process),
-            "WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        started.append(
-            subprocess.Popen(
-                command,
-                env={**environment.all_variables(), **place},
-                stdout=None if process == 0 else subprocess.DEVNULL,
-                # Of its own, or a terminal's Ctrl-C would come twice: from there and from here.
-                process_group=0,
-            )
-        )
-    first = _first_failure(started)
-    main, code = started[0].returncode, first.returncode
-    if -code in (*SIGNALS, *hung_up):
-        end_by(signal.Signals(-code))
-    if main >= 0:
-        return code if code > 0 else main
-    reason = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
-    raise RunFailed(
-        "run.worker-died",
-        f"process {started.index(first)} of {processes} {reason}",
-        help="SIGKILL often means that memory ran out; run the same command with --resume",
-    )
-
-
-def end_by(number: signal.Signals) -> None:
-    """End this process by a signal, so that its parent sees which."""
-    signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
-
-
-def _pass_on(number: int, started: list[subprocess.Popen[bytes]]) -> None:
-    for process in started:
-        process.send_signal(number)
-
-
-def _first_failure(started: list[subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
-    """Wait for all processes; return the first that failed, the main one when none did."""
-    failed = None
-    while any(running := [p.poll() is None for p in started]):
-        if failed is None:
-            failed = next((p for p in started if p.returncode), None)
-            if failed and failed.returncode != Interrupted.exit_code:
-                _stop([p for p, runs in zip(started, running, strict=True) if runs])
-        time.sleep(0.05)
-    return failed or next((p for p in started if p.returncode), started[0])
-
-
-def _stop(running: list[subprocess.Popen[bytes]]) -> None:
-    """Give the others a moment to say what they saw, then end them."""
-    deadline = time.monotonic() + 10
-    for other in running:
-        try:
-            other.wait(max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            other.kill()
-
-
-class Stop:
-    """A flag that the first SIGTERM, SIGINT or SIGUSR1 sets; a second one ends the process.
-
-    The handler does nothing else, so that it is safe wherever the signal arrives. Long work
-    polls `requested`.
-    """
-
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-        self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
-
-    @property
-    def requested(self) -> bool:
-        return self.signal is not None
-
-    def release(self) -> None:
-        """Put back the handlers that were there before."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, _: FrameType | None) -> None:
-        if self.signal is not None:
-            end_by(signal.Signals(number))
-        self.signal = signal.Signals(number)
 
 
 def best_dtype(device: torch.device) -> torch.dtype:

@@ -19,7 +19,7 @@ ROWS = (
     ("errors", "environment"),
     ("storage",),
     ("recipe",),
-    ("runtime",),
+    ("runtime", "processes"),
     ("model",),
     ("adapters",),
     ("data",),

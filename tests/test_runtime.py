@@ -1,41 +1,14 @@
-"""Signals, dtypes and memory of the machine, and sums over real processes."""
+"""Dtypes, cores and memory of the machine, and what one process makes of a sum."""
 
 import os
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from lorakit.errors import EnvironmentLacks
-from lorakit.runtime import Runtime, Stop, available_bytes, best_dtype, resolve_dtype, usable_cores
+from lorakit.runtime import Runtime, available_bytes, best_dtype, resolve_dtype, usable_cores
 
 CPU = torch.device("cpu")
-
-
-def test_the_first_signal_sets_the_flag_and_handlers_come_back() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    stop = Stop()
-    try:
-        assert not stop.requested
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.requested
-        assert stop.signal is signal.SIGTERM
-    finally:
-        stop.release()
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
-def test_a_second_signal_ends_the_process_by_that_signal() -> None:
-    program = (
-        "import os, signal; from lorakit.runtime import Stop; stop = Stop();"
-        "os.kill(os.getpid(), signal.SIGINT); print('first', flush=True);"
-        "os.kill(os.getpid(), signal.SIGINT); print('second', flush=True)"
-    )
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert ended.stdout == "first\n"
-    assert ended.returncode == -signal.SIGINT
 
 
 def test_one_process_is_the_sum_of_itself() -> None:
@@ -73,13 +46,3 @@ def test_dtypes_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_cores_are_those_this_process_may_use() -> None:
     assert 1 <= usable_cores() <= (os.cpu_count() or 1)
-
-
-@pytest.mark.slow  # starts Python three times
-def test_a_launched_command_hands_its_exit_code_on() -> None:
-    program = (
-        "import sys; from lorakit.runtime import launch; sys.exit(launch(['no-such-command'], 2))"
-    )
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert ended.returncode == 2
-    assert "No such command" in ended.stderr

@@ -11,9 +11,10 @@ from lorakit import adapters, environment
 from lorakit.cli.screen import Screen
 from lorakit.export.card import write_card
 from lorakit.export.merge import Options, check_output, merge, planned, verdict
+from lorakit.processes import Stop
 from lorakit.recipe.dump import dump
 from lorakit.recipe.sections import Recipe
-from lorakit.runtime import Runtime, Stop, start
+from lorakit.runtime import Runtime, start
 from lorakit.storage.redact import redact
 from lorakit.training import folder as folders
 from lorakit.training import passports

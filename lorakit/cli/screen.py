@@ -31,6 +31,7 @@ from lorakit.errors import (
     Notice,
     RecipeError,
 )
+from lorakit.processes import end_by
 from lorakit.storage.redact import redact
 
 RecipeArgument = Annotated[
@@ -263,8 +264,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             raise
         except KeyboardInterrupt:
             # What was begun is cleaned up; the parent sees the signal, as of any program.
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGINT)
+            end_by(signal.SIGINT)
         except BrokenPipeError:
             # The reader of stdout has gone; nobody is left to tell.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

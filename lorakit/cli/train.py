@@ -17,6 +17,7 @@ from lorakit.cli.screen import (
     command,
     usage,
 )
+from lorakit.processes import launch
 
 if TYPE_CHECKING:
     from lorakit.training.folder import Mode
@@ -58,8 +59,6 @@ def train(
     if len(modes) > 1:
         raise usage(f"--{modes[0]} and --{modes[1]} do not go together")
     if nproc > 1 and environment.variable("WORLD_SIZE") is None:
-        from lorakit.runtime import launch
-
         raise typer.Exit(launch(_without_nproc(sys.argv[1:]), nproc))
     overrides = [*(changes or ())]
     overrides += [f"train.max_steps={max_steps}"] if max_steps else []

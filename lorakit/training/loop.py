@@ -16,8 +16,9 @@ from lorakit import adapters
 from lorakit.data.batches import eval_batches
 from lorakit.errors import Interrupted, RunFailed
 from lorakit.model.loss import token_loss
+from lorakit.processes import Stop
 from lorakit.recipe.sections import Skip
-from lorakit.runtime import Runtime, Stop
+from lorakit.runtime import Runtime
 from lorakit.scoring import put, score
 from lorakit.storage.publish import publish_folder
 from lorakit.training import optim

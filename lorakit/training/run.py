@@ -12,7 +12,8 @@ from lorakit import adapters
 from lorakit.adapters import Method
 from lorakit.model import base as base_models
 from lorakit.model.checkpointing import checkpoint_layers
-from lorakit.runtime import Runtime, Stop, make_deterministic
+from lorakit.processes import Stop
+from lorakit.runtime import Runtime, make_deterministic
 from lorakit.training import checkpoint, optim, passports
 from lorakit.training.checkpoint import State
 from lorakit.training.folder import RunFolder

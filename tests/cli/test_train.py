@@ -94,7 +94,7 @@ def test_two_processes_train_what_one_does(folder: Path) -> None:
 def test_a_run_that_fails_in_every_process_gives_its_own_exit_code(folder: Path) -> None:
     run = start(folder, "--out", "refused", "--nproc", "2", "--set", "data.max_length=8")
     _, err = finish(run, exit=2)
-    assert "error[data." in err
+    assert err.count("error[data.") == 1
     assert not (folder / "refused").exists()
 
 
@@ -137,7 +137,7 @@ def test_a_process_that_is_killed_ends_the_run_with_one_document(folder: Path) -
 def test_processes_take_no_module_from_the_working_folder(folder: Path) -> None:
     (folder / "here").mkdir()
     (folder / "here" / "types.py").write_text("raise RuntimeError('the wrong types')")
-    program = "from lorakit.runtime import launch; print(launch(['--version'], 2))"
+    program = "from lorakit.processes import launch; print(launch(['--version'], 2))"
     ended = subprocess.run(
         [sys.executable, "-P", "-c", program],
         cwd=folder / "here",

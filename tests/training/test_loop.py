@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 
 from lorakit import adapters
 from lorakit.errors import BadInput, Interrupted, RunFailed
+from lorakit.processes import Stop
 from lorakit.recipe.reader import read
-from lorakit.runtime import Runtime, Stop
+from lorakit.runtime import Runtime
 from lorakit.scoring import RowScore
 from lorakit.training import folder as folders
 from lorakit.training import loop, passports

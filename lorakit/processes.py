@@ -1,0 +1,138 @@
+"""Several processes on this machine, and the signals that stop them.
+
+Standard library only: what starts and watches the others needs no torch itself.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from types import FrameType
+
+from lorakit import environment
+from lorakit.errors import Interrupted, RunFailed
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def launch(arguments: Sequence[str], processes: int) -> int:
+    """Run lorakit with these arguments in several processes on this machine; return the exit code.
+
+    The first process that fails decides the code; the others are then stopped. Signals are
+    passed on, so that every process saves and stops by itself. What goes wrong alike in all of
+    them is said once, by the main process.
+
+    Raises:
+        RunFailed: when the main process could not say itself what ended it.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # They find modules where this process does: `-m` alone would look in the working folder first.
+    here = {"", os.getcwd()} & set(sys.path)
+    command = [sys.executable, *([] if here else ["-P"]), "-m", "lorakit", *arguments]
+    started: list[subprocess.Popen[bytes]] = []
+    hung_up = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL else []
+    for number in (*SIGNALS, *hung_up):
+        signal.signal(number, lambda received, _: _pass_on(received, started))
+    with ExitStack() as files:
+        errors = [files.enter_context(tempfile.TemporaryFile()) for _ in range(1, processes)]
+        for process, said in enumerate([None, *errors]):
+            place = {
+                "RANK": str(process),
+                "LOCAL_RANK": str(process),
+                "WORLD_SIZE": str(processes),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+            started.append(
+                subprocess.Popen(
+                    command,
+                    env={**environment.all_variables(), **place},
+                    stdout=subprocess.DEVNULL if said else None,
+                    stderr=said,
+                    # Of its own, or a terminal's Ctrl-C would come twice: from there and from here.
+                    process_group=0,
+                )
+            )
+        first = _first_failure(started)
+        if first is not started[0] and started[0].returncode in (RunFailed.exit_code, -9):
+            # The main process can only say that it lost another one: this is why.
+            said = errors[started.index(first) - 1]
+            said.seek(0)
+            sys.stderr.write(said.read().decode(errors="replace"))
+    main, code = started[0].returncode, first.returncode
+    if -code in (*SIGNALS, *hung_up):
+        end_by(signal.Signals(-code))
+    if main >= 0:
+        return code if code > 0 else main
+    reason = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+    raise RunFailed(
+        "run.worker-died",
+        f"process {started.index(first)} of {processes} {reason}",
+        help="SIGKILL often means that memory ran out; run the same command with --resume",
+    )
+
+
+def end_by(number: signal.Signals) -> None:
+    """End this process by a signal, so that its parent sees which."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
+def _pass_on(number: int, started: list[subprocess.Popen[bytes]]) -> None:
+    for process in started:
+        process.send_signal(number)
+
+
+def _first_failure(started: list[subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
+    """Wait for all processes; return the first that failed, the main one when none did."""
+    failed = None
+    while any(running := [p.poll() is None for p in started]):
+        if failed is None:
+            failed = next((p for p in started if p.returncode), None)
+            if failed and failed.returncode != Interrupted.exit_code:
+                _stop([p for p, runs in zip(started, running, strict=True) if runs])
+        time.sleep(0.05)
+    return failed or next((p for p in started if p.returncode), started[0])
+
+
+def _stop(running: list[subprocess.Popen[bytes]]) -> None:
+    """Give the others a moment to say what they saw, then end them."""
+    deadline = time.monotonic() + 10
+    for other in running:
+        try:
+            other.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            other.kill()
+
+
+class Stop:
+    """A flag that the first SIGTERM, SIGINT or SIGUSR1 sets; a second one ends the process.
+
+    The handler does nothing else, so that it is safe wherever the signal arrives. Long work
+    polls `requested`.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+
+    @property
+    def requested(self) -> bool:
+        return self.signal is not None
+
+    def release(self) -> None:
+        """Put back the handlers that were there before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        if self.signal is not None:
+            end_by(signal.Signals(number))
+        self.signal = signal.Signals(number)
