@@ -1,9 +1,13 @@
 """The command line: one file a command, registered here."""
 
+import sys
+
 import typer
+from typer.exceptions import TyperException
 
 from lorakit import __version__
 from lorakit.cli import data, doctor, eval, generate, merge, methods, plan, recipes, train
+from lorakit.cli.screen import Screen, usage
 
 app = typer.Typer(
     help="LoRA fine-tuning from a YAML recipe, from plan to verified merge.",
@@ -37,5 +41,10 @@ def options(
 
 
 def main() -> None:
-    """Run the command line and leave with its exit code."""
-    app(prog_name="lorakit")
+    """Run the command line and leave with its exit code; with `--json` tell wrong usage in it."""
+    try:
+        code = app(prog_name="lorakit", standalone_mode="--json" not in sys.argv)
+    except TyperException as error:
+        Screen("usage", json=True).fail(usage(error.format_message(), "lorakit --help"))
+        code = error.exit_code
+    sys.exit(code)

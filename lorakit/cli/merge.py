@@ -1,5 +1,6 @@
 """`lorakit merge`: adapter and base become an ordinary model folder, checked."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -56,6 +57,8 @@ def merge(
     from lorakit.runtime import start
     from lorakit.storage.disk import free_space
 
+    if not math.isfinite(scale):
+        raise usage(f"--scale {scale} is no number")
     options = merging.Options(dtype, scale, _bytes(max_shard_size), verify, overwrite)
     saved = adapters.read(adapter)
     found = find_base(screen, saved, base, allow_remote_code=allow_remote_code)

@@ -135,7 +135,7 @@ def _found(
             raise _nothing_to_resume(path)
         return fresh
     changed = checkpoint.check_unchanged(found, pinned, allow_inexact=allow_inexact)
-    facts = strict_json.read(path / RUN, "checkpoint")
+    facts = strict_json.read_object(path / RUN, "checkpoint")
     return replace(fresh, facts=facts, resume=found, changed=changed, notices=tuple(notices))
 
 
@@ -173,7 +173,7 @@ def check_free(path: Path, mode: Mode) -> None:
             help="choose another with --out",
         )
     if mode == "start":
-        facts = strict_json.read(path / RUN, "checkpoint")
+        facts = strict_json.read_object(path / RUN, "checkpoint")
         raise BadInput(
             "output.not-empty",
             f"the folder holds a run that is {facts.get('status')} since {facts.get('updated')}",

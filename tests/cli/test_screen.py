@@ -12,6 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from lorakit.cli.app import main
 from lorakit.cli.screen import Screen, command
 from lorakit.errors import (
     BadInput,
@@ -117,6 +118,21 @@ def test_what_nobody_foresaw_is_one_line_and_a_crash_file_for_the_user_alone(
     (crash,) = tmp_path.glob("lorakit-crash-*.txt")
     assert "Traceback" in crash.read_text()
     assert crash.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    "arguments", [["plan", "--offlin"], ["pln"], ["train", "--max-steps", "two"], ["merge", "x"]]
+)
+def test_wrong_usage_is_one_document_too(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lorakit", *arguments, "--json"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    shown = capsys.readouterr()
+    document = json.loads(shown.out)
+    assert (ended.value.code, document["exit"], document["error"]["id"]) == (2, 2, "usage")
+    assert document["error"]["message"] in shown.err
 
 
 def test_debug_shows_the_traceback() -> None:

@@ -163,3 +163,10 @@ def test_merge_asks_for_a_base_that_is_not_here(run: Any, folder: Path, tmp_path
     out = str(tmp_path / "named")
     named = run("merge", str(moved), "--out", out, "--base", "tiny", "--no-verify")
     assert named.exit_code == 0, named.output
+
+
+@pytest.mark.parametrize("number", ["nan", "inf"])
+def test_a_scale_that_is_no_number_is_wrong_usage(run: Any, number: str):
+    result = run("merge", "run", "--out", "none", "--scale", number, "--json")
+    assert result.exit_code == 2
+    assert json.loads(result.stdout)["error"]["id"] == "usage"

@@ -144,3 +144,15 @@ def test_the_reason_of_a_failure_holds_no_secret_and_goes_when_the_run_goes_on(
     with opened(path, "resume", ALONE, PINNED):
         pass
     assert "ended_by" not in json.loads((path / "run.json").read_text())
+
+
+@pytest.mark.parametrize("mode", ["start", "resume", "resume-or-start"])
+def test_a_run_whose_facts_are_no_object_is_damaged(tmp_path: Path, mode: str) -> None:
+    def save_adapter(target: Path) -> None:
+        target.mkdir()
+
+    checkpoint.save(tmp_path / "checkpoints", State(step=2), PINNED, {}, save_adapter)
+    (tmp_path / "run.json").write_text("[]")
+    with pytest.raises(LorakitError) as caught, opened(tmp_path, mode, ALONE, PINNED):  # type: ignore[arg-type]
+        pass
+    assert caught.value.id == "checkpoint.damaged"
