@@ -29,6 +29,7 @@ class Outcome:
     """What a finished run leaves behind, as `train --json` prints it."""
 
     steps: int
+    skipped: int
     final_loss: float | None
     best_eval_loss: float | None
     best_step: int | None
@@ -134,6 +135,7 @@ def outcome(run: Run) -> Outcome:
     state = run.state
     return Outcome(
         steps=state.step,
+        skipped=state.skipped,
         final_loss=state.loss,
         best_eval_loss=state.best_loss,
         best_step=state.best_step,

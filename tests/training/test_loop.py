@@ -257,6 +257,7 @@ def test_as_many_steps_may_be_skipped_as_the_recipe_allows(
     assert [record.step for record in records] == [1, 3, 4, 5, 6]
     assert '{"step": 2, "skipped": true' in (tmp_path / "one" / "metrics.jsonl").read_text()
     assert outcome.steps == 6
+    assert outcome.skipped == 1
     assert all(tensor.isfinite().all() for tensor in tensors.values())
     with spoilt_loss(monkeypatch, {2, 4}), pytest.raises(RunFailed, match="step 4"):
         carry_out(folder, tmp_path / "two", **allowed)
