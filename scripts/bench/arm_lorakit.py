@@ -68,13 +68,14 @@ class Timing(Reporter):
 def recipe_text(job: dict[str, Any], rows_per_step: int, steps: int, longest: int) -> str:
     """Return the recipe of a job; JSON is YAML."""
     model: dict[str, Any] = {"path": job["model"], "dtype": DTYPES.get(job["dtype"], job["dtype"])}
+    model |= job.get("model_section", {})
     if job.get("nf4"):
         model |= {"quantization": "nf4", "double_quant": True}
     return json.dumps(
         {
             "model": model,
             "adapter": {"rank": RANK, "alpha": ALPHA, "target_modules": list(TARGETS)},
-            "data": {"train": job["rows_file"], "max_length": longest},
+            "data": {"train": job["rows_file"], "max_length": longest, **job.get("data", {})},
             "train": {
                 "epochs": steps,
                 "batch_size": rows_per_step,
@@ -84,7 +85,6 @@ def recipe_text(job: dict[str, Any], rows_per_step: int, steps: int, longest: in
                 "warmup": 0,
                 "max_grad_norm": CLIP,
                 "gradient_checkpointing": job.get("checkpointing", "auto"),
-                **job.get("train", {}),
             },
             "seed": SEED,
         }
@@ -161,6 +161,7 @@ def hottest(profiler: Any) -> list[dict[str, Any]]:
 def main() -> None:
     """Train as the job says and report the times."""
     job = read_job()
+    torch.set_float32_matmul_precision(job.get("precision", "highest"))
     plan, runtime, clock = plan_of(job), start(), Clock(job, torch)
     profiler = torch.profiler.profile(activities=[CPU]) if job.get("profile") else None
     timing, loaded = Timing(plan.steps.total, clock, profiler), {}

@@ -60,7 +60,7 @@ class Bench:
             threads=self.threads,
             limit=max(FEWEST, self.left),
             patience=0.0 if self.busy else self.patience,
-            env={"PYTHONPATH": str(ROOT)},
+            env={"PYTHONPATH": str(ROOT), **job.get("env", {})},
         )
 
     def prepare(self, chosen: list[Config], **more: Any) -> None:

@@ -143,6 +143,29 @@ CPU = (
     ),
 )
 
+# One thing taken away at a time; not part of `make bench`: run.py --only A3.
+ABLATIONS = (
+    Config(
+        "A3",
+        "the rows of C3, lorakit with one thing changed at a time",
+        INSTRUCTIONS,
+        0.45,
+        (
+            Arm("lorakit", LORAKIT),
+            Arm("padded, not packed", LORAKIT, options={"data": {"packing": False}}),
+            Arm(
+                "transformers' SDPA over the whole row",
+                LORAKIT,
+                options={"model_section": {"attention": "sdpa"}},
+            ),
+            Arm("checkpointing on", LORAKIT, options={"checkpointing": True}),
+            Arm("libgomp's own spinning", LORAKIT, options={"env": {"GOMP_SPINCOUNT": "300000"}}),
+            Arm("matmul precision medium", LORAKIT, options={"precision": "medium"}),
+        ),
+        "lorakit",
+    ),
+)
+
 # On a machine whose dtype is fp32 the bf16 arms say what the other dtype would cost there.
 CPU_GOALS = (
     Goal("C3", "lorakit", "TRL, checkpointing off", 7.0, 0.25),

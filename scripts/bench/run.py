@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from lorakit.environment import cache_folder  # the package need not be installed
 
-ORDER = ("C3", "C2", "C6", "C5", "C4", "C1")  # what matters most first, should time run out
+ORDER = ("C3", "C2", "C6", "C5", "C4", "C1", "A3")  # what matters most first, should time run out
 MERGE_BASE, SMALL, LARGE = "base-2gb", "adapter-small", "adapter-large"
 
 
@@ -59,7 +59,8 @@ def everything(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     """Carry out what was asked for; return the results."""
     if not bench.busy and (used := machine.wait_until_idle(bench.patience)) > machine.IDLE:
         sys.exit(f"{used} cores are busy: wait, or pass --busy and the rows will say so")
-    by_id = {config.id: config for config in configs.CPU if config.id in options.only}
+    every = (*configs.CPU, *configs.ABLATIONS)
+    by_id = {config.id: config for config in every if config.id in options.only}
     # What is made once, and kept, is not part of the time that the measurements may take.
     find_peers(bench, options.peers)
     prepare(bench, list(by_id.values()), "C6" in options.only)
@@ -119,7 +120,8 @@ def arguments() -> argparse.Namespace:
     cores = len(os.sched_getaffinity(0))
     cache = cache_folder()
     add = parser.add_argument
-    add("--only", nargs="+", default=every, choices=every, metavar="ID")
+    more = [config.id for config in configs.ABLATIONS]
+    add("--only", nargs="+", default=every, choices=[*every, *more], metavar="ID")
     add("--warm", type=int, default=1, help="steps before timing")
     add("--timed", type=int, default=10, help="timed steps, at most")
     add("--seconds", type=float, default=14.0, help="of an arm, after which no step begins")
