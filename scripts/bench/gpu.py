@@ -133,6 +133,7 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
         for config in chosen:
             for arm in config.arms:
                 row = bench.one_arm(config, arm, f"{shape} {config.id} {arm.name}")
+                row["name"] = arm.name
                 row["base"], row["tokens"] = shape, bench.facts["configs"][config.id]["tokens"]
                 if "planned" in row:
                     row["peak_by_plan"] = row["memory"]["peak"] / row["planned"]["total"]
