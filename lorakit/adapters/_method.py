@@ -19,12 +19,12 @@ from lorakit.recipe.sections import Adapter, Names
 
 Targets = (
     Literal["all-linear", "attention", "mlp"]
-    | Annotated[str, Field(pattern="^re:.")]
+    | Annotated[str, Field(pattern="^re:.", examples=["re:PATTERN"])]
     | Annotated[Names, Field(min_length=1)]
 )
 Layers = (
     Literal["all"]
-    | Annotated[str, Field(pattern=r"^[0-9]+-[0-9]+$")]
+    | Annotated[str, Field(pattern=r"^[0-9]+-[0-9]+$", examples=["8-31"])]
     | Annotated[
         tuple[Annotated[int, Field(ge=0, strict=True)], ...], Field(min_length=1, strict=False)
     ]

@@ -37,7 +37,7 @@ Split = Annotated[Literal["train", "eval"], typer.Option("--split", help="Which 
 
 @app.command("preview")
 @command
-def preview(
+def data_preview(
     screen: Screen,
     recipe: RecipeArgument = "",
     count: Annotated[int, typer.Option("-n", min=1, help="How many rows.")] = 3,
@@ -81,7 +81,7 @@ def preview(
 
 @app.command("stats")
 @command
-def stats(
+def data_stats(
     screen: Screen,
     recipe: RecipeArgument = "",
     changes: SetOption = None,
@@ -98,7 +98,7 @@ def stats(
 
 @app.command("check")
 @command
-def check(
+def data_check(
     screen: Screen,
     recipe: RecipeArgument = "",
     changes: SetOption = None,

@@ -203,6 +203,20 @@ def load(
     return loaded
 
 
+def check_attention(attention: Attention) -> None:
+    """Check, before anything is written, that the attention asked for is installed.
+
+    Raises:
+        EnvironmentLacks: when it is not.
+    """
+    if attention == "flash" and not is_flash_attn_2_available():
+        raise EnvironmentLacks(
+            "env.missing-package",
+            "model.attention: flash attention is not installed",
+            help="`sdpa` works now: --set model.attention=sdpa",
+        )
+
+
 def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
     """Load the base's tokenizer and check it against the model.
 
@@ -262,12 +276,7 @@ def _code_notices(section: sections.Model, code: bool) -> tuple[Notice, ...]:
 def _implementation(base: Base, attention: Attention) -> str | None:
     """Return transformers' name of the attention to use; None leaves it to the model's own code."""
     if attention == "flash":
-        if not is_flash_attn_2_available():
-            raise EnvironmentLacks(
-                "env.missing-package",
-                "flash attention is not installed",
-                help="`sdpa` works now: --set model.attention=sdpa",
-            )
+        check_attention(attention)
         return "flash_attention_2"
     if attention != "auto":
         return attention

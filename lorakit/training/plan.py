@@ -159,6 +159,7 @@ def make(
     skeleton = base_models.skeleton(base, recipe.task)
     method, sites, coverage = choose(recipe, skeleton)
     dtype = resolve_dtype(recipe.model.dtype, runtime.device)
+    base_models.check_attention(recipe.model.attention)
     tokenizer = base_models.load_tokenizer(base)
     dataset = data or prepare_data(recipe, base, tokenizer, permissions)
     # What is saved beside the adapter is the template that its rows were rendered with.

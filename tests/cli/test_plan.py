@@ -68,3 +68,15 @@ def test_checkpointing_auto_comes_in_when_memory_asks_for_it(
     assert not planned()
     monkeypatch.setattr(Runtime, "free_bytes", lambda _: 1000)
     assert planned()
+
+
+def test_an_attention_that_is_not_installed_is_told_before_anything_is_written(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "is_flash_attn_2_available", lambda: False)
+    for name in ("plan", "train"):
+        changes = ["-s", "model.attention=flash", "-s", f"output_dir={tmp_path / 'run'}"]
+        ended = runner.invoke(app, [name, recipe, *changes, "--json"])
+        assert ended.exit_code == 4
+        assert json.loads(ended.stdout)["error"]["id"] == "env.missing-package"
+    assert not (tmp_path / "run").exists()

@@ -56,6 +56,7 @@ def test_preview_as_json(recipe: Path) -> None:
     keys = ("--index", 2, "--split", "eval", "--json", "--set", "data.max_length=40")
     document = json.loads(_run("preview", recipe, *keys).stdout)
     (sample,) = document["samples"]
+    assert document["schema"] == "lorakit.data_preview/1"
     assert sample["line"] == 3
     assert len(sample["ids"]) == len(sample["labels"]) > sample["kept"] == 40
     assert sample["trained"] == 0

@@ -63,7 +63,7 @@ def test_the_shipped_schema_is_fresh() -> None:
 def test_the_reference_page_is_fresh() -> None:
     folder = next(iter(files.packaged_recipes().values())).parent
     page = (folder / "REFERENCE.md").read_text()
-    assert page.endswith(reference.table(schema.shipped())), "run scripts/make_reference.py"
+    assert reference.table(schema.shipped()) in page, "run scripts/make_reference.py"
 
 
 def test_the_reference_names_every_key_once() -> None:
