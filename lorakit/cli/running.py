@@ -137,9 +137,9 @@ def finished(plan: Plan, folder: RunFolder, outcome: Outcome, merged: Path | Non
         lines.append(f"Merged    {merged}")
     recipe = plan.recipe.origin.path
     lines.append(
-        f"Next      lorakit eval {recipe}"
+        f"Next      lorakit eval {shlex.quote(str(recipe))}"
         if plan.dataset.eval
-        else f"Next      lorakit generate {folder.adapter}"
+        else f"Next      lorakit generate {shlex.quote(str(folder.adapter))} 'a prompt'"
     )
     return Finished("\n".join(lines), facts)
 
