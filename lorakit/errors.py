@@ -58,7 +58,7 @@ class CheckFailed(LorakitError):
     exit_code = 1
     ids = frozenset(
         """
-        check.gate-missed check.merge check.data check.doctor check.strict plan.will-not-fit
+        check.gate-missed check.merge check.data check.doctor plan.will-not-fit
         """.split()
     )
 
@@ -69,7 +69,7 @@ class BadInput(LorakitError):
     exit_code = 2
     ids = frozenset(
         """
-        usage output.not-empty output.is-input
+        usage usage.strict output.not-empty output.is-input
         recipe.not-found recipe.not-a-file recipe.empty recipe.not-a-mapping recipe.syntax
         recipe.encoding recipe.too-large recipe.alias recipe.tag recipe.bad-key
         recipe.duplicate-key recipe.unknown-key recipe.missing-key recipe.wrong-type

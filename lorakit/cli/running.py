@@ -38,12 +38,14 @@ def run(
 ) -> Finished | None:
     """Plan, train and merge; return the result in the main process, None in the others."""
     runtime = start()
-    if not runtime.is_main:
-        screen.quiet = True
     path = recipe.run_folder
-    folders.check_free(path, mode)
-    if recipe.merge.enabled:
-        check_output(Path(recipe.merge.out), [], overwrite=mode != "start")
+    if runtime.is_main:
+        # Alone: another process might look when this one has already opened the folder.
+        folders.check_free(path, mode)
+        if recipe.merge.enabled:
+            check_output(Path(recipe.merge.out), [], overwrite=mode != "start")
+    else:
+        screen.quiet = True
     plan = make(recipe, runtime, permissions)
     if runtime.is_main:
         screen.notice(*plan.notices)
@@ -135,13 +137,18 @@ def finished(plan: Plan, folder: RunFolder, outcome: Outcome, merged: Path | Non
         lines.append(f"Best      step {outcome.best_step}, kept in {best}")
     if merged:
         lines.append(f"Merged    {merged}")
-    recipe = plan.recipe.origin.path
-    lines.append(
-        f"Next      lorakit eval {shlex.quote(str(recipe))}"
-        if plan.dataset.eval
-        else f"Next      lorakit generate {shlex.quote(str(folder.adapter))} 'a prompt'"
-    )
+    lines.append(f"Next      {_next(plan, folder)}")
     return Finished("\n".join(lines), facts)
+
+
+def _next(plan: Plan, folder: RunFolder) -> str:
+    """Return the command to go on with; a recipe that was changed is taken as it was resolved."""
+    if not plan.dataset.eval:
+        return f"lorakit generate {shlex.quote(str(folder.adapter))} 'a prompt'"
+    origin = plan.recipe.origin
+    changed = any(place.line is None for place in origin.places.values())
+    recipe = folder.path / "resolved.yaml" if changed else origin.path
+    return f"lorakit eval {shlex.quote(str(recipe))}"
 
 
 def _loss(outcome: Outcome) -> str:

@@ -25,7 +25,6 @@ from lorakit.errors import (
     BUG_EXIT_CODE,
     BUG_ID,
     BadInput,
-    CheckFailed,
     EnvironmentLacks,
     LorakitError,
     Notice,
@@ -99,7 +98,7 @@ class Screen:
         """Show warnings on stderr, once each, and remember them for the JSON document.
 
         Raises:
-            CheckFailed: with `--strict`, for the first one.
+            BadInput: with `--strict`, for the first one.
         """
         for notice in notices:
             if notice in self.notices:
@@ -111,8 +110,8 @@ class Screen:
             self._note(text)
             self.err.print(_styled(text, "yellow"), highlight=False, soft_wrap=True)
             if self.strict:
-                raise CheckFailed(
-                    "check.strict",
+                raise BadInput(
+                    "usage.strict",
                     f"--strict: {notice.message}",
                     where=notice.where,
                     help=notice.help,

@@ -219,7 +219,7 @@ def _from_hub(source: Source, offline: bool) -> tuple[list[Numbered], str]:
     # A second to import, for hub ids alone.
     datasets = import_module("datasets")
     try:
-        table = datasets.load_dataset(source.path, split=source.split or "train")
+        table = datasets.load_dataset(source.path, source.subset, split=source.split or "train")
     except ConnectionError as error:
         message = printable(str(error), 300)
         raise EnvironmentLacks("env.offline", message, where=source.path) from None
@@ -241,7 +241,13 @@ def _needed(source: Source) -> int | None:
 
 
 def _slice(source: Source, rows: int) -> slice:
-    """Return the rows that `split` asks for; a file has one split, `train`."""
+    """Return the rows that `split` asks for; a file has one split, `train`, and no subset."""
+    if source.subset is not None:
+        raise BadInput(
+            "recipe.conflict",
+            f"subset: '{printable(source.subset)}' is for hub data sets; {source.path} is a file",
+            help="take the key out; with --set, data.train.subset- does",
+        )
     if source.split is None:
         return slice(None)
     match = _SPLIT.fullmatch(source.split)

@@ -98,6 +98,7 @@ class Source(Section):
     path: str = Field(
         min_length=1, description="a .jsonl, .json, .csv or .parquet file, or a hub id"
     )
+    subset: str | None = Field(None, description="configuration of a hub data set, such as main")
     split: str | None = Field(None, description="split of a hub data set, written like train[:100]")
     format: str | None = Field(None, description="as data.format, for this source alone")
     columns: dict[str, str] = Field(

@@ -35,7 +35,7 @@ class StepRecord:
 
 
 class Reporter:
-    """Takes the records of a run; shows every step live, or every `log_every`-th as a line."""
+    """Takes the records of a run: every `log_every`-th is a line, and every one moves the bar."""
 
     def __init__(
         self,
@@ -75,8 +75,7 @@ class Reporter:
         due = record.step % self.log_every == 0 or record.step in (1, self.steps)
         if due:
             self._write(asdict(record))
-            if not self._bar:
-                self.say(_line(record, self.steps, left))
+            self.say(_line(record, self.steps, left))
 
     def skipped(self, step: int, loss: float, norm: float) -> None:
         """Record a step that changed nothing."""

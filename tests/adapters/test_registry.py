@@ -144,9 +144,14 @@ def test_no_method_is_named_outside_the_folder():
 
 
 def test_the_package_gives_what_it_lists():
-    assert set(adapters._HOMES) | {"names", "summary", "foreign", "get", "settings_for"} == set(
-        adapters.__all__
-    )
+    assert set(adapters._HOMES) | {
+        "names",
+        "summary",
+        "paper",
+        "foreign",
+        "get",
+        "settings_for",
+    } == set(adapters.__all__)
     for listed in adapters.__all__:
         assert getattr(adapters, listed)
     with pytest.raises(AttributeError, match="nothing"):

@@ -145,7 +145,7 @@ def test_strict_turns_a_warning_into_an_error() -> None:
     act = lambda screen: screen.notice(Notice("data.dropped", "3 rows"))  # noqa: E731
     assert runner.invoke(app_that(act)).exit_code == 0
     ended = runner.invoke(app_that(act), ["--strict"])
-    assert ended.exit_code == 1
+    assert ended.exit_code == 2
     assert "--strict: 3 rows" in ended.stderr
 
 

@@ -108,16 +108,19 @@ def test_a_file_has_one_split(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="train alone") as caught:
         _load(tmp_path, "a.jsonl", split="test")
     assert caught.value.id == "recipe.bad-choice"
+    with pytest.raises(BadInput, match="'main' is for hub data sets") as caught:
+        _load(tmp_path, "a.jsonl", subset="main")
+    assert caught.value.id == "recipe.conflict"
 
 
 class _Hub:
     """Stands for the `datasets` package: a data set of ten rows, and what it was asked for."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[str, str]] = []
+        self.asked: list[tuple[str, str | None, str]] = []
 
-    def load_dataset(self, path: str, *, split: str) -> Any:
-        self.asked.append((path, split))
+    def load_dataset(self, path: str, name: str | None, *, split: str) -> Any:
+        self.asked.append((path, name, split))
         if path == "nobody/nothing":
             raise FileNotFoundError("no such data set")
         if path == "far/away":
@@ -134,10 +137,10 @@ class _Hub:
 def test_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = _Hub()
     monkeypatch.setattr(source, "import_module", {"datasets": hub}.__getitem__)
-    wanted = Source(path="some/set", split="test[:5]", max_samples=2)
+    wanted = Source(path="some/set", subset="main", split="test[:5]", max_samples=2)
     loaded = load(wanted, 0, folder=tmp_path, offline=False)
     assert [row.value for row in loaded.rows] == ROWS[:2]
-    assert hub.asked == [("some/set", "test[:5]")]
+    assert hub.asked == [("some/set", "main", "test[:5]")]
     assert loaded.rows[0].place.file == "some/set"
     with pytest.raises(BadInput) as missing:
         load(Source(path="nobody/nothing"), 0, folder=tmp_path, offline=False)
