@@ -8,6 +8,7 @@ does with a recipe of these settings.
 
 import json
 import sys
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -141,20 +142,31 @@ def keep_gradients(run: Any, path: str) -> None:
     run.gradients.clip = written
 
 
-def hottest(profiler: Any) -> list[dict[str, Any]]:
-    """Return the operations that take the most time themselves, and their share of all."""
+def hottest(profiler: Any, vocabulary: int) -> list[dict[str, Any]]:
+    """Return the operations that take the most time themselves, and their share of all.
+
+    Products that are only as wide as the rank, and those with the head, stand apart.
+    """
     profiler.stop()
-    events = profiler.key_averages()
-    every = sum(event.self_cpu_time_total for event in events)
-    top = sorted(events, key=lambda event: -event.self_cpu_time_total)[:HOTTEST]
+    times: Counter[str] = Counter()
+    calls: Counter[str] = Counter()
+    for event in profiler.key_averages(group_by_input_shape=True):
+        name = event.key
+        sizes = {size for shape in event.input_shapes for size in shape}
+        if "mm" in name and RANK in sizes:
+            name += " (as wide as the rank)"
+        elif "mm" in name and vocabulary in sizes:
+            name += " (with the head)"
+        times[name] += event.self_cpu_time_total
+        calls[name] += event.count
     return [
         {
-            "operation": event.key,
-            "share": round(event.self_cpu_time_total / every, 4),
-            "milliseconds": round(event.self_cpu_time_total / 1e3, 1),
-            "calls": event.count,
+            "operation": name,
+            "share": round(time / times.total(), 4),
+            "milliseconds": round(time / 1e3, 1),
+            "calls": calls[name],
         }
-        for event in top
+        for name, time in times.most_common(HOTTEST)
     ]
 
 
@@ -163,7 +175,9 @@ def main() -> None:
     job = read_job()
     torch.set_float32_matmul_precision(job.get("precision", "highest"))
     plan, runtime, clock = plan_of(job), start(), Clock(job, torch)
-    profiler = torch.profiler.profile(activities=[CPU]) if job.get("profile") else None
+    profiler = None
+    if job.get("profile"):
+        profiler = torch.profiler.profile(activities=[CPU], record_shapes=True)
     timing, loaded = Timing(plan.steps.total, clock, profiler), {}
     prepare = loop.prepare
 
@@ -190,7 +204,7 @@ def main() -> None:
         dtype=str(plan.dtype).removeprefix("torch."),
         checkpointing=plan.checkpointing,
         threads=torch.get_num_threads(),
-        **({"profile": hottest(profiler)} if profiler else {}),
+        **({"profile": hottest(profiler, plan.base.config.vocab_size)} if profiler else {}),
     )
 
 
