@@ -93,12 +93,13 @@ def opened(
             a run that would not go on as it began. Nothing was written.
         RunFailed: when another run holds it, or it has checkpoints and none is good.
     """
-    check_free(path, mode)
     if not runtime.is_main:
+        # It does not ask whether the folder is free: the main process may already have opened it.
         folder = _found(path, mode, runtime, pinned, allow_inexact=allow_inexact)
         runtime.wait()
         yield folder
         return
+    check_free(path, mode)
     with locked(path):
         folder = _found(path, mode, runtime, pinned, allow_inexact=allow_inexact)
         for place in (path, folder.checkpoints):
