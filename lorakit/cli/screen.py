@@ -25,7 +25,6 @@ from lorakit.errors import (
     BUG_EXIT_CODE,
     BUG_ID,
     BadInput,
-    EnvironmentLacks,
     LorakitError,
     Notice,
     RecipeError,
@@ -280,13 +279,6 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = signature  # type: ignore[attr-defined]  # what Typer reads
     run.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
     return run
-
-
-def missing_extra(package: str, extra: str) -> EnvironmentLacks:
-    """Make the error for an optional package that is not installed."""
-    return EnvironmentLacks(
-        "env.missing-package", f"{package} is not installed", help=f'pip install "lorakit[{extra}]"'
-    )
 
 
 def usage(message: str, help: str | None = None) -> BadInput:
