@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from lorakit.model.frozen import dense_weight, is_frozen_linear
+
 
 class LowRank(NamedTuple):
     """A plain low-rank update: scale · B A, with A (r, inputs) and B (outputs, r)."""
@@ -24,27 +26,12 @@ class LowRank(NamedTuple):
     scale: float
 
 
-def usual_weight(base: nn.Module, conv1d: bool = False) -> Tensor:
-    """Return a module's W as (outputs, inputs); Conv1D stores it the other way round."""
-    weight: Tensor = base.weight  # type: ignore[assignment]  # a site has a weight
-    return weight.t() if conv1d else weight
-
-
-def plain_weight(base: nn.Module, conv1d: bool = False) -> Tensor | None:
-    """Return the W (outputs, inputs) of a frozen `Linear` or Conv1D, None for any other module."""
-    if type(base) is not nn.Linear and not conv1d:
-        return None
-    weight = usual_weight(base, conv1d)
-    return None if weight.requires_grad else weight
-
-
 def low_rank_linear(
     x: Tensor,
     base: nn.Module,
     update: LowRank,
     *,
     dropout: float = 0.0,
-    conv1d: bool = False,
 ) -> Tensor:
     """Return base(x) + scale · drop(x) Aᵀ Bᵀ, shape (..., outputs).
 
@@ -53,17 +40,15 @@ def low_rank_linear(
         base: the module that is adapted.
         update: A (r, inputs), B (outputs, r) and their scale.
         dropout: share of the entries of x that the update does not see; the base sees all of them.
-        conv1d: whether the base stores its weight as (inputs, outputs).
     """
-    weight = plain_weight(base, conv1d)
-    if weight is None:
+    if not is_frozen_linear(base):
         return add_low_rank(base(x), x, update, dropout=dropout)
-    return _product(x, None, weight, base.bias, update, dropout)
+    return _product(x, None, base, update, dropout)
 
 
 def add_low_rank(y: Tensor, x: Tensor, update: LowRank, *, dropout: float = 0.0) -> Tensor:
     """Return y + scale · drop(x) Aᵀ Bᵀ for a y (..., outputs) that was computed elsewhere."""
-    return _product(x, y, None, None, update, dropout)
+    return _product(x, y, None, update, dropout)
 
 
 def added_to(weight: Tensor, update: LowRank, rows: slice = slice(None)) -> Tensor:
@@ -76,25 +61,23 @@ def added_to(weight: Tensor, update: LowRank, rows: slice = slice(None)) -> Tens
 def _product(
     x: Tensor,
     y: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | Any | None,
+    base: nn.Module | None,
     update: LowRank,
     dropout: float,
 ) -> Tensor:
-    out: Tensor = _Product.apply(x, y, weight, bias, *update, dropout)  # type: ignore[no-untyped-call]
+    out: Tensor = _Product.apply(x, y, base, *update, dropout)  # type: ignore[no-untyped-call]
     return out
 
 
 class _Product(torch.autograd.Function):
-    """x, and either y or the frozen W and bias, to y + s · drop(x) Aᵀ Bᵀ; y = x Wᵀ + bias."""
+    """x, and either y or a frozen linear base, to y + s · drop(x) Aᵀ Bᵀ; y = x Wᵀ + bias."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         y: Any,
-        weight: Any,
-        bias: Tensor | None,
+        base: Any,
         A: Tensor,
         B: Tensor,
         scale: float,
@@ -108,19 +91,19 @@ class _Product(torch.autograd.Function):
         xA = _dropped(flat, keep) @ A.to(x.dtype).t()
         Bt = B.to(x.dtype).t()
         if y is None:
-            out = functional.linear(flat, weight, bias).addmm_(xA, Bt, alpha=scale)
+            out = functional.linear(flat, dense_weight(base), base.bias).addmm_(xA, Bt, alpha=scale)
         else:
             out = torch.addmm(y.reshape(-1, y.shape[-1]), xA, Bt, alpha=scale)
         # x is needed for A's gradient alone: where A is frozen, the r columns of x Aᵀ are enough.
-        ctx.save_for_backward(x if ctx.needs_input_grad[4] else None, xA, weight, A, B, keep)
-        ctx.scale, ctx.shape = scale, x.shape
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, xA, A, B, keep)
+        ctx.base, ctx.scale, ctx.shape = base, scale, x.shape
         return out.view(*x.shape[:-1], B.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, xA, weight, A, B, keep = ctx.saved_tensors
-        need_x, need_y, _, _, need_A, need_B, _, _ = ctx.needs_input_grad
+        x, xA, A, B, keep = ctx.saved_tensors
+        need_x, need_y, _, need_A, need_B, _, _ = ctx.needs_input_grad
         scale: float = ctx.scale
         G = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_A = grad_B = None
@@ -132,8 +115,8 @@ class _Product(torch.autograd.Function):
             flat = x.reshape(-1, x.shape[-1])
             grad_A = (Q.t() @ _dropped(flat, keep)).to(A.dtype).mul_(scale)
         if need_x:
-            grad_x = _grad_of_input(G, Q, weight, A.to(G.dtype), keep, scale).view(ctx.shape)
-        return grad_x, grad if need_y else None, None, None, grad_A, grad_B, None, None
+            grad_x = _grad_of_input(G, Q, ctx.base, A.to(G.dtype), keep, scale).view(ctx.shape)
+        return grad_x, grad if need_y else None, None, grad_A, grad_B, None, None
 
 
 def _dropped(flat: Tensor, keep: Tensor | None) -> Tensor:
@@ -141,10 +124,10 @@ def _dropped(flat: Tensor, keep: Tensor | None) -> Tensor:
 
 
 def _grad_of_input(
-    G: Tensor, Q: Tensor, weight: Tensor | None, A: Tensor, keep: Tensor | None, scale: float
+    G: Tensor, Q: Tensor, base: nn.Module | None, A: Tensor, keep: Tensor | None, scale: float
 ) -> Tensor:
     """Return G W + s · keep ⊙ (Q A), or the update's part alone where there is no W."""
-    if weight is not None and keep is None:
-        return (G @ weight).addmm_(Q, A, alpha=scale)
+    if base is not None and keep is None:
+        return (G @ dense_weight(base)).addmm_(Q, A, alpha=scale)
     part = (Q @ A).mul_(scale) if keep is None else (Q @ A).mul_(keep).mul_(scale)
-    return part if weight is None else part.add_(G @ weight)
+    return part if base is None else part.add_(G @ dense_weight(base))

@@ -25,12 +25,11 @@ class LoraLayer(Layer):
         self.scale = scale
         self.dropout = dropout
         self.init = init
-        self.conv1d = site.kind == "conv1d"
 
     def forward(self, x: Tensor, base: nn.Module) -> Tensor:
         """Return base(x) + s · drop(x) Aᵀ Bᵀ."""
         dropout = self.dropout if self.training else 0.0
-        return low_rank_linear(x, base, self.update(), dropout=dropout, conv1d=self.conv1d)
+        return low_rank_linear(x, base, self.update(), dropout=dropout)
 
     def update(self) -> LowRank:
         """Return A, B and their scale."""

@@ -9,11 +9,12 @@ from transformers import PreTrainedModel
 
 from lorakit.adapters._attach import attach, copied_sites, copy_layers
 from lorakit.adapters._layer import ALL, Layer, layers_of
-from lorakit.adapters._linear import LowRank, usual_weight
+from lorakit.adapters._linear import LowRank
 from lorakit.adapters._method import Method, SiteSettings
 from lorakit.adapters._names import missing_tensors, unexpected_tensors
 from lorakit.adapters._read import PASSPORT, Saved
 from lorakit.errors import BadInput, Notice, Place
+from lorakit.model.frozen import dense_weight
 from lorakit.model.sites import Site, find_sites
 
 OTHER_BASE = "name the base that the adapter was trained on"
@@ -37,7 +38,7 @@ def attach_saved(saved: Saved, model: PreTrainedModel, sites: Sequence[Site]) ->
     method = saved.method()
     chosen, _ = _fitting(saved, method, sites, find_sites(model))
     for module, copy in saved.base_copies.items():
-        _check_copy(saved, module, usual_weight(model.get_submodule(module)), copy)
+        _check_copy(saved, module, dense_weight(model.get_submodule(module)), copy)
     attach(method, model, chosen, seed=0)
     _fill(saved, layers_of(model))
     method.refresh(model)

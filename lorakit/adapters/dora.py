@@ -18,9 +18,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from lorakit.adapters._layer import ALL, Adapted, parameter
-from lorakit.adapters._linear import LowRank, add_low_rank, added_to, low_rank_linear, usual_weight
+from lorakit.adapters._linear import LowRank, add_low_rank, added_to, low_rank_linear
 from lorakit.adapters._low_rank import Init, LoraLayer
 from lorakit.adapters.lora import LINEAR_PARTS, PEFT_FIXED, Lora
+from lorakit.model.frozen import dense_weight
 from lorakit.model.sites import Kind, Site
 
 FOREIGN = ("use_dora", "peft_use_dora", "weight_decomposed")
@@ -49,11 +50,11 @@ class DoraLayer(LoraLayer):
         factor = self.magnitude / self.norm
         if self.training and self.dropout:
             seen = functional.dropout(x, self.dropout)
-            plain = functional.linear(seen, usual_weight(base, self.conv1d))
+            plain = functional.linear(seen, dense_weight(base))
             turned = add_low_rank(plain, seen, self.update()) * factor
             y: Tensor = base(x) + (turned - plain).to(x.dtype)
             return y
-        turned = low_rank_linear(x, base, self.update(), conv1d=self.conv1d)
+        turned = low_rank_linear(x, base, self.update())
         bare = turned - base.bias if isinstance(base.bias, Tensor) else turned
         # Not bare * factor + bias: where the factor is one, this is the base bit for bit.
         return (turned + bare * (factor - 1)).to(x.dtype)
@@ -89,7 +90,7 @@ class DoraLayer(LoraLayer):
     @torch.no_grad()
     def refresh(self, base: nn.Module) -> None:
         """Compute ‖V‖ from the present A and B; ‖W‖² and W Aᵀ a few rows at a time."""
-        weight = usual_weight(base, self.conv1d)
+        weight = dense_weight(base)
         wide = torch.promote_types(weight.dtype, torch.float32)
         A, B, s = self.A.to(wide), self.B.to(wide), self.scale
         step = max(1, ROW_VALUES // A.shape[1])

@@ -82,7 +82,7 @@ def test_gradients_are_those_of_finite_differences(rows, layout):
         leaves = [t.detach().requires_grad_(w) for t, w in zip((x, A, B), wanted, strict=True)]
 
         def product(x, A, B, base=base, scale=scale, kind=kind):
-            return low_rank_linear(x, base, LowRank(A, B, scale), conv1d=kind == "conv1d")
+            return low_rank_linear(x, base, LowRank(A, B, scale))
 
         if any(wanted):
             assert torch.autograd.gradcheck(product, leaves, eps=1e-6, atol=1e-7, rtol=1e-6)
@@ -104,7 +104,7 @@ def test_equals_plain_autograd(dtype, kind, dropout):
         if ours:
             module = Opaque(base) if kind == "opaque" else base
             update = LowRank(own_a, own_b, -1.5)
-            y = low_rank_linear(own_x, module, update, dropout=dropout, conv1d=kind == "conv1d")
+            y = low_rank_linear(own_x, module, update, dropout=dropout)
         else:
             seen = own_x
             if dropout:
@@ -159,7 +159,7 @@ def test_zero_b_gives_the_base_bit_for_bit():
     for dtype, conv1d in itertools.product(TOLERANCE, (False, True)):
         x, weight, bias, A, B = case((4, 9), 32, 40, 4, dtype=dtype)
         base = linear(weight, bias, conv1d)
-        y = low_rank_linear(x, base, LowRank(A, torch.zeros_like(B), 2.0), conv1d=conv1d)
+        y = low_rank_linear(x, base, LowRank(A, torch.zeros_like(B), 2.0))
         assert torch.equal(y, base(x))
 
 
