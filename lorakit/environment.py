@@ -12,6 +12,7 @@ VARIABLES = {
     "XDG_CACHE_HOME": "the user's cache folder; else ~/.cache",
     "HF_HUB_OFFLINE": "1: never reach the network",
     "HF_TOKEN": "token for gated models; only its presence is ever shown",
+    "HUGGING_FACE_HUB_TOKEN": "the same, by its old name",
     "NO_COLOR": "no colour",
     "FORCE_COLOR": "colour off a terminal too",
     "GITHUB_STEP_SUMMARY": "file that `eval` adds its table to",

@@ -5,7 +5,9 @@ the path of eight: a sum over one process is the value itself.
 """
 
 import os
+import re
 import resource
+import subprocess
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -149,6 +151,45 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
             help="set model.dtype to fp16 or auto",
         )
     return dtype
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What stands between torch and an NVIDIA GPU; what is not there is None or empty.
+
+    `toolkit` is the CUDA version that torch was built with, `capabilities` what it has kernels for
+    (`sm_90`), `devices` the capability of each GPU that torch sees, by name.
+    """
+
+    driver: str | None
+    toolkit: str | None
+    capabilities: tuple[str, ...]
+    devices: dict[str, tuple[int, int]]
+
+
+def gpu() -> Gpu:
+    """Ask the driver and torch what they are; a driver is there although torch cannot use it."""
+    devices = {
+        torch.cuda.get_device_name(number): torch.cuda.get_device_capability(number)
+        for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    }
+    kernels = [name for name in torch.cuda.get_arch_list() if name.startswith("sm_")]
+    return Gpu(_driver(), torch.version.cuda, tuple(kernels), devices)
+
+
+def _driver() -> str | None:
+    """Return the version of the NVIDIA driver: of its kernel module, else by its own tool (WSL)."""
+    try:
+        with open("/proc/driver/nvidia/version", encoding="ascii", errors="replace") as file:
+            told = file.read()
+    except OSError:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        try:
+            told = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout
+        except (OSError, subprocess.SubprocessError):
+            return None
+    found = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", told)
+    return found[0] if found else None
 
 
 def make_deterministic() -> None:

@@ -45,6 +45,7 @@ THIRD_PARTIES = {
     "export": "torch",
     "evaluation": "torch",
     "cli": "rich typer",
+    "cli/conflicts.py": "packaging",
     "storage/tensors.py": "torch",
     "adapters/prefix.py": "transformers",
     "export/verify.py": "transformers",
@@ -130,7 +131,9 @@ def test_third_parties_stay_in_their_rooms() -> None:
 
 
 def test_every_third_party_is_declared() -> None:
-    brought_along = set("huggingface_hub jinja2 numpy pyarrow pydantic_core tokenizers".split())
+    brought_along = set(
+        "huggingface_hub jinja2 numpy packaging pyarrow pydantic_core tokenizers".split()
+    )
     known = {"lorakit", *sys.stdlib_module_names, *declared(), *EXTRAS, *brought_along}
     none(
         f"{each.place}: {each.package}"

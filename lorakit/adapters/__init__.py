@@ -40,6 +40,7 @@ __all__ = [
     "paper",
     "read",
     "save",
+    "servable",
     "set_training",
     "settings_for",
     "summary",
@@ -85,6 +86,15 @@ def paper(name: str) -> str | None:
     return found[1] if found else None
 
 
+def servable(name: str) -> dict[str, str]:
+    """Return for each program that serves adapters `yes` or `no: why`, as a method's file says.
+
+    That is what holds for every adapter of the method; `Method.servable` looks at one.
+    """
+    reasons = _constant(name, "SERVABLE") or {}
+    return {reader: f"no: {why}" if why else "yes" for reader, why in reasons.items()}
+
+
 def foreign() -> dict[str, str]:
     """Return what other tools call the methods: their name, and how a recipe says it."""
     return {other: f"adapter.method (= {name})" for name in names() for other in _foreign(name)}
@@ -123,8 +133,13 @@ def _parsed(name: str) -> ast.Module:
 
 
 def _foreign(name: str) -> tuple[str, ...]:
-    """Return the value of FOREIGN in a method's file; empty when it has none."""
+    """Return what other tools call a method; empty when its file does not say."""
+    return tuple(_constant(name, "FOREIGN") or ())
+
+
+def _constant(name: str, constant: str) -> Any:
+    """Return the value of a constant of a method's file, None when it has none."""
     for node in _parsed(name).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "FOREIGN":
-            return tuple(ast.literal_eval(node.value))
-    return ()
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == constant:
+            return ast.literal_eval(node.value)
+    return None

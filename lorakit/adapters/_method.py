@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lorakit import adapters
 from lorakit.adapters._layer import Layer, layers_of, trainable, wrap
 from lorakit.adapters._peft import Found, PeftConfig
 from lorakit.errors import BadInput, one_of
@@ -179,6 +180,14 @@ class Method:
         for layer in layers_of(model):
             named.update(layer.tensors())
         return named
+
+    def servable(self, sites: Sequence[Site]) -> dict[str, str]:
+        """Return for each program that serves adapters `yes`, with what it needs, or `no: why`."""
+        served = adapters.servable(self.name())
+        if self.settings.saved_whole():
+            others = [reader for reader in served if reader != "PEFT"]
+            served |= dict.fromkeys(others, "no: it takes no modules that are saved whole")
+        return served
 
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:

@@ -25,6 +25,11 @@ from lorakit.model.frozen import dense_weight
 from lorakit.model.sites import Kind, Site
 
 FOREIGN = ("use_dora", "peft_use_dora", "weight_decomposed")
+SERVABLE = {
+    "PEFT": "",
+    "vLLM": "it refuses trained lengths, so merge instead",
+    "llama.cpp": "its converter refuses trained lengths, so merge instead",
+}
 
 TINY = 1e-30  # far below the squared norm of any row but one of zeros
 ROW_VALUES = 1 << 24  # values of W that are widened at a time

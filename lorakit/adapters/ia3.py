@@ -24,6 +24,11 @@ from lorakit.errors import BadInput
 from lorakit.model.sites import Role, Site, match
 from lorakit.recipe.sections import Names
 
+SERVABLE = {
+    "PEFT": "",
+    "vLLM": "it serves low-rank updates alone, so merge instead",
+    "llama.cpp": "its converter takes low-rank updates alone, so merge instead",
+}
 FOREIGN = ("(ia)3", "ia_3", "ia³")
 
 OUTPUTS: frozenset[Role] = frozenset({"k", "v", "qkv"})

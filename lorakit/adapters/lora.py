@@ -27,6 +27,7 @@ from lorakit.model.sites import Kind, Site
 from lorakit.recipe.sections import Adapter
 
 FOREIGN = ("qlora", "low_rank")
+SERVABLE = {"PEFT": "", "vLLM": "", "llama.cpp": ""}
 
 V = TypeVar("V")
 
@@ -35,6 +36,9 @@ EMBEDDING_PARTS = frozenset({"lora_embedding_A", "lora_embedding_B"})
 # How PEFT may have drawn the values that were trained since; the other kinds change the base.
 HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank may be
+VLLM_RANK = 16  # and is when it is not said
 
 PEFT_ALPHA = 8.0  # what PEFT means when the file does not say
 PEFT_KEYS = frozenset(
@@ -141,6 +145,34 @@ class Lora(Method):
         if site.kind == "embedding":
             return LoraEmbedding(site, rank, scale)
         return self.linear_layer(site, rank, scale, self.settings.dropout, self.settings.init)
+
+    def servable(self, sites: Sequence[Site]) -> dict[str, str]:
+        """Return for each program that serves adapters `yes`, with what it needs, or `no: why`.
+
+        PEFT alone reads the patterns: vLLM scales every site as the settings say without them,
+        llama.cpp by the settings' alpha over the site's own rank.
+        """
+        self._resolve(sites)
+        alpha, ranks = self.settings.alpha, [self.rank_of(site) for site in sites]
+        alphas = [self._alphas.get(site.name, alpha) for site in sites]
+        scales = [self.scale(*pair) for pair in zip(alphas, ranks, strict=True)]
+        limit = next((most for most in VLLM_RANKS if most >= max(ranks)), None)
+        if limit is None:
+            vllm = f"no: rank {max(ranks)} is above its {VLLM_RANKS[-1]}"
+        elif set(scales) != {self.scale(alpha, self.settings.rank)}:
+            vllm = "no: it takes one scale for all modules"
+        elif any(site.kind == "embedding" or site.role == "head" for site in sites):
+            vllm = "no: it takes embeddings and heads only in part"
+        else:
+            vllm = "yes" if limit <= VLLM_RANK else f"yes, with --max-lora-rank {limit}"
+        if scales != [alpha / rank for rank in ranks]:
+            llama = "no: it reads no alpha_pattern"
+        else:
+            tied = any(site.tied for site in sites)
+            llama = "no: it takes no update of a tied embedding" if tied else "yes"
+        these = {"vLLM": vllm, "llama.cpp": llama}
+        served = super().servable(sites)
+        return {reader: these.get(reader, s) if s == "yes" else s for reader, s in served.items()}
 
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:

@@ -27,6 +27,11 @@ from lorakit.adapters._peft import Found, PeftConfig
 from lorakit.errors import BadInput
 from lorakit.model.sites import Site
 
+SERVABLE = {
+    "PEFT": "",
+    "vLLM": "it serves low-rank updates alone",
+    "llama.cpp": "its converter takes low-rank updates alone",
+}
 FOREIGN = ("prefix_tuning", "prefix-tuning", "p_tuning_v2")
 
 MASKED = -100

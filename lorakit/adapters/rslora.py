@@ -16,6 +16,7 @@ from pydantic import Field
 from lorakit.adapters.lora import Lora, LoraSettings
 
 FOREIGN = ("use_rslora", "rs_lora", "rank_stabilized")
+SERVABLE = {"PEFT": "", "vLLM": "", "llama.cpp": "it scales by alpha / rank, so merge instead"}
 
 
 class RsLoraSettings(LoraSettings):

@@ -1,6 +1,5 @@
 """`lorakit doctor`: what this machine has, ready to be pasted into an issue."""
 
-import importlib.metadata
 import importlib.util
 import platform
 import shutil
@@ -40,32 +39,43 @@ def doctor(
     allow_remote_code: AllowRemoteCode = False,
 ) -> None:
     """Show versions, device, memory and caches; exit 1 with --strict when something is amiss."""
-    from lorakit.runtime import available_bytes, best_dtype, start, usable_cores
+    from lorakit.cli import conflicts
+    from lorakit.model.hub import has_token
+    from lorakit.runtime import available_bytes, best_dtype, gpu, start, usable_cores
 
     runtime = start()
     cache = environment.cache_folder()
+    installed, found = conflicts.installed(), gpu()
+    conflicting = [
+        *conflicts.between_packages(installed, PACKAGES),
+        *conflicts.with_gpu(found, installed.get("torch", "")),
+    ]
     disk = shutil.disk_usage(next(p for p in (cache, *cache.parents) if p.exists()))
     facts: dict[str, Any] = {
         "lorakit": __version__,
         "python": platform.python_version(),
         "system": platform.platform(),
-        **{name: _version(name) for name in PACKAGES},
+        **{name: installed.get(name) for name in PACKAGES},
         "device": runtime.describe(),
+        "driver": found.driver or "none",
+        "CUDA": found.toolkit or "none: torch is built for CPUs",
         "cores": usable_cores(),
         "dtype auto": str(best_dtype(runtime.device)).removeprefix("torch."),
         "4-bit": _four_bit(runtime.device),
         "memory free": f"{available_bytes() / 2**30:.1f} GiB",
         "disk free": f"{disk.free / 2**30:.1f} GiB at {cache}",
-        "hub token": "found" if environment.variable("HF_TOKEN") else "not found",
+        "hub token": "found" if has_token() else "not found",
         "network": "off" if screen.offline else "allowed",
+        "conflicts": f"{len(conflicting)}, told below" if conflicting else "none known",
         "extras": {name: _extra(name, extra) for name, extra in EXTRAS.items()},
     }
     problems = [f"{name} is not installed" for name in PACKAGES if facts[name] is None]
+    problems += conflicting
     if facts["4-bit"] != "works":
         problems.append(f"4-bit: {facts['4-bit']}")
     if recipe:
-        facts["recipe"], found = _recipe(screen, recipe, changes, allow_remote_code)
-        problems += found
+        facts["recipe"], amiss = _recipe(screen, recipe, changes, allow_remote_code)
+        problems += amiss
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in facts.items():
         table.add_row(name, _shown(value))
@@ -98,13 +108,6 @@ def _recipe(
     except LorakitError as error:
         return f"{recipe.origin.path}: the base cannot be had", [error.message]
     return f"{recipe.origin.path}: base {found.name} found", []
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _extra(module: str, extra: str) -> str:

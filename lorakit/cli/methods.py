@@ -18,13 +18,19 @@ def methods(
     if name:
         _one(screen, name)
         return
-    rows = [
-        {"name": one, "summary": adapters.summary(one), "paper": adapters.paper(one)}
+    rows: list[dict[str, Any]] = [
+        {
+            "name": one,
+            "summary": adapters.summary(one),
+            "paper": adapters.paper(one),
+            "servable": adapters.servable(one),
+        }
         for one in adapters.names()
     ]
-    table = Table("method", "arXiv", "what it does", box=None, pad_edge=False)
+    table = Table("method", "arXiv", "servable by", "what it does", box=None, pad_edge=False)
     for row in rows:
-        table.add_row(row["name"], row["paper"], row["summary"])
+        readers = ", ".join(r for r, said in row["servable"].items() if said == "yes")
+        table.add_row(row["name"], row["paper"], readers, row["summary"])
     screen.result(table, {"methods": rows})
 
 
@@ -44,17 +50,19 @@ def _one(screen: Screen, name: str) -> None:
     table = Table("key", "value", "default", "description", box=None, pad_edge=False)
     for row in settings:
         table.add_row(row["key"], row["value"], _shown(row["default"]), row["description"])
-    facts = {
+    facts: dict[str, Any] = {
         "name": name,
         "summary": adapters.summary(name),
         "paper": adapters.paper(name),
         "mergeable": method.mergeable,
         "packs": method.packs,
+        "servable": adapters.servable(name),
     }
     lines = [
         f"{name}: {facts['summary']}",
         f"arXiv {facts['paper']}   merges into the base: {'yes' if method.mergeable else 'no'}   "
         f"trains on packed rows: {'yes' if method.packs else 'no'}",
+        "servable by   " + " · ".join(" ".join(one) for one in facts["servable"].items()),
     ]
     if not screen.json:
         for line in lines:

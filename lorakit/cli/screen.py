@@ -49,6 +49,7 @@ AllowLocalCode = Annotated[
 ]
 
 Color = Literal["auto", "always", "never"]
+WIDE = 10_000  # columns off a terminal: who reads a pipe wants a row on a line
 
 
 class Screen:
@@ -124,7 +125,10 @@ class Screen:
             # Not through rich, which would turn `:smile:` and tabs into something else.
             sys.stdout.write(shown + "\n")
         else:
-            self.out.print(shown, highlight=False, soft_wrap=True, markup=False)
+            with self.out.capture() as drawn:
+                self.out.print(shown, highlight=False, soft_wrap=True, markup=False)
+            for line in drawn.get().splitlines():
+                sys.stdout.write(line.rstrip() + "\n")
 
     @contextmanager
     def progress(self, description: str, total: int | None) -> Iterator[Callable[[int], None]]:
@@ -290,7 +294,11 @@ def _console(stream: TextIO, color: Color) -> Console:
     plain = color == "never" or (color == "auto" and environment.variable("NO_COLOR") is not None)
     force = True if color == "always" else None
     return Console(
-        file=stream, no_color=plain, force_terminal=force, color_system=None if plain else "auto"
+        file=stream,
+        no_color=plain,
+        force_terminal=force,
+        color_system=None if plain else "auto",
+        width=None if stream.isatty() else WIDE,
     )
 
 

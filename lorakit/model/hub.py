@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from huggingface_hub import HfApi, get_token, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -13,6 +13,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from lorakit import environment
 from lorakit.errors import BadInput, EnvironmentLacks, LorakitError
 
 # Weights in safetensors, settings and tokenizers, all at the top of the repository.
@@ -25,6 +26,20 @@ _ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 def is_id(text: str) -> bool:
     """Tell whether a text can be the id of a model on the hub."""
     return _ID.fullmatch(text) is not None and ".." not in text and not text.endswith(".gguf")
+
+
+def has_token() -> bool:
+    """Tell whether the hub's library has a token: in the environment, or in its file.
+
+    The library's own question may reach the network to refresh a token; this one never does.
+    """
+    variables = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+    if any(environment.variable(name) for name in variables):
+        return True
+    try:
+        return bool(Path(constants.HF_TOKEN_PATH).read_bytes().strip())
+    except OSError:
+        return False
 
 
 def snapshot(id: str, revision: str | None, *, offline: bool, code: bool) -> Path:
@@ -59,7 +74,7 @@ def snapshot(id: str, revision: str | None, *, offline: bool, code: bool) -> Pat
 
 def _explained(error: Exception, id: str, revision: str | None, offline: bool) -> LorakitError:
     """Return what an error of the hub's library means to the user."""
-    token = "yes" if get_token() else "no"
+    token = "yes" if has_token() else "no"
     if isinstance(error, GatedRepoError):
         return EnvironmentLacks(
             "env.gated",

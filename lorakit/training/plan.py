@@ -74,6 +74,11 @@ class Plan:
     def fits(self) -> bool:
         return self.memory.total <= self.free_bytes
 
+    @property
+    def servable(self) -> dict[str, str]:
+        """What serves the adapter when it is trained, or why not, while it can be changed."""
+        return self.method.servable(self.sites)
+
     def facts(self) -> dict[str, Any]:
         """Return the plan as `plan.json` and `--json` hold it."""
         report = self.dataset.report
@@ -97,6 +102,7 @@ class Plan:
             "memory": self.memory.parts | {"total": self.memory.total},
             "free_bytes": self.free_bytes,
             "fits": self.fits,
+            "servable": self.servable,
         }
 
     def lines(self) -> list[tuple[str, str]]:
@@ -125,6 +131,7 @@ class Plan:
             ("Steps", self._steps_line()),
             ("Memory", f"{parts}  = {self.memory.total / GIB:.2f} GiB (estimate)"),
             ("Fits", f"{fits}, {self.free_bytes / GIB:.1f} GiB free"),
+            ("Servable", " · ".join(" ".join(one) for one in self.servable.items())),
             ("Output", str(recipe.run_folder)),
         ]
 

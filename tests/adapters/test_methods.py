@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from lorakit import adapters
 from lorakit.adapters._layer import Copy
@@ -24,7 +25,7 @@ from tests.adapters.adapted import (
     scramble,
     train,
 )
-from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
+from tests.tiny import FAMILIES, tiny_config, tiny_model, tiny_tokenizer
 
 QV = ["q_proj", "v_proj"]
 
@@ -49,6 +50,60 @@ def test_a_rank_above_the_smaller_side_is_refused(name, settings):
     error = refused(name, target_modules=QV, **settings)
     assert error.id == "target.rank-too-large"
     assert "rank 33 at model.layers.0.self_attn.q_proj, whose smaller side is 32" in error.message
+
+
+@pytest.mark.parametrize("name", ["lora", "rslora"])
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        {},
+        {"rank_pattern": {"q_proj": 2}},
+        {"alpha_pattern": {"q_proj": 16.0}},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 4.0}},
+    ],
+)
+def test_who_serves_it_is_who_scales_it_alike(name, patterns):
+    """vLLM scales all sites by the settings' rank, llama.cpp each by its own and never by √rank."""
+    method = method_of(name, rank=4, alpha=8.0, target_modules=QV, **patterns)
+    with torch.device("meta"):
+        sites = method.sites(find_sites(tiny_model("llama")))
+    layers = method.layers(sites).values()
+    root = 0.5 if name == "rslora" else 1.0
+    vllm = all(layer.scale == 8.0 / 4**root for layer in layers)
+    llama = all(layer.scale == 8.0 / len(layer.A) for layer in layers)
+    served = method.servable(sites)
+    assert served["PEFT"] == "yes"
+    assert (served["vLLM"] == "yes") is vllm
+    assert (served["llama.cpp"] == "yes") is (llama and name == "lora")
+
+
+@pytest.mark.parametrize(
+    ("settings", "reader", "said"),
+    [
+        ({"rank": 17}, "vLLM", "yes, with --max-lora-rank 32"),
+        ({"rank": 24, "alpha": 24}, "vLLM", "yes, with --max-lora-rank 32"),
+        ({"rank": 600}, "vLLM", "no: rank 600 is above its 512"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "vLLM", "no: it takes embeddings"),
+        ({"target_modules": ["lm_head"]}, "vLLM", "no: it takes embeddings and heads"),
+        ({"target_modules": ["lm_head"]}, "llama.cpp", "yes"),
+        ({"modules_to_save": ["lm_head"]}, "vLLM", "no: it takes no modules that are saved whole"),
+        ({"modules_to_save": ["lm_head"]}, "llama.cpp", "no: it takes no modules that are saved"),
+        ({"modules_to_save": ["lm_head"]}, "PEFT", "yes"),
+    ],
+)
+def test_who_serves_it_and_why_not(settings, reader, said):
+    method = method_of("lora", **{"target_modules": QV, **settings})
+    config = tiny_config("llama", hidden_size=640, num_key_value_heads=4, vocab_size=640)
+    with torch.device("meta"):
+        candidates = find_sites(AutoModelForCausalLM.from_config(config))
+    assert method.servable(method.sites(candidates))[reader].startswith(said)
+
+
+def test_a_tied_embedding_is_not_served_by_llama_cpp():
+    method = method_of("lora", target_modules=["lm_head"])
+    with torch.device("meta"):
+        sites = method.sites(find_sites(tiny_model("llama", tied=True)))
+    assert method.servable(sites)["llama.cpp"] == "no: it takes no update of a tied embedding"
 
 
 def test_what_cannot_be_adapted_is_refused():

@@ -148,6 +148,7 @@ def test_the_package_gives_what_it_lists():
         "names",
         "summary",
         "paper",
+        "servable",
         "foreign",
         "get",
         "settings_for",

@@ -44,7 +44,9 @@ def test_the_plan_is_exact_about_sites_parameters_and_steps(
     assert (plan["steps_per_epoch"], plan["steps"]) == (3, 6)
     assert plan["memory"]["total"] == sum(v for k, v in plan["memory"].items() if k != "total")
     assert plan["fits"]
+    assert plan["servable"] == {"PEFT": "yes", "vLLM": "yes", "llama.cpp": "yes"}
     shown = runner.invoke(app, ["plan", recipe]).stdout
+    assert "Servable  PEFT yes · vLLM yes · llama.cpp yes" in shown
     assert "q_proj  2 sites  32→32  rank 4" in shown
     assert "6 (3 an epoch x 2)" in shown
 
