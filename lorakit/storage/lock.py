@@ -36,18 +36,42 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def refuse_locked(folder: Path) -> None:
+    """Check that no other process holds the lock of a folder, without taking or making it.
+
+    Raises:
+        RunFailed: `run.locked`, naming the holder.
+    """
+    path = folder / NAME
+    with storage_errors(path):
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _held(descriptor, path) from None
+        finally:
+            os.close(descriptor)
+
+
 def _take(descriptor: int, path: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = printable(os.pread(descriptor, 400, 0).decode(errors="replace").strip(), 400)
-        raise RunFailed(
-            "run.locked",
-            f"another run holds this folder: {holder or 'it has not said which'}",
-            where=str(path),
-            help="wait until it ends, stop it, or give this run another output_dir",
-        ) from None
+        raise _held(descriptor, path) from None
     started = datetime.now(UTC).isoformat(timespec="seconds")
     holder = f"pid {os.getpid()} on {socket.gethostname()}, started {started}"
     os.ftruncate(descriptor, 0)
     write_all(descriptor, f"{holder}\n".encode())
+
+
+def _held(descriptor: int, path: Path) -> RunFailed:
+    holder = printable(os.pread(descriptor, 400, 0).decode(errors="replace").strip(), 400)
+    return RunFailed(
+        "run.locked",
+        f"another run holds this folder: {holder or 'it has not said which'}",
+        where=str(path),
+        help="wait until it ends, stop it, or give this run another output_dir",
+    )

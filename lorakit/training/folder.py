@@ -11,7 +11,7 @@ from lorakit.environment import all_variables
 from lorakit.errors import BadInput, LorakitError, Notice
 from lorakit.runtime import Runtime
 from lorakit.storage import strict_json
-from lorakit.storage.lock import locked
+from lorakit.storage.lock import locked, refuse_locked
 from lorakit.storage.publish import is_aside, publish_file, remove_folder, sweep
 from lorakit.storage.redact import redact
 from lorakit.training import checkpoint
@@ -21,6 +21,8 @@ Mode = Literal["start", "resume", "resume-or-start", "overwrite"]
 # What a folder may hold before its first run: the lock, and a log that is written from the start.
 OURS = {".lock", "log.txt"}
 RUN = "run.json"
+# What a run writes before its first step: a start may take the place of one that came no further.
+BEGUN = OURS | {RUN, "recipe.yaml", "resolved.yaml", "plan.json"}
 
 
 @dataclass
@@ -101,11 +103,12 @@ def opened(
         return
     check_free(path, mode)
     with locked(path):
+        _check_contents(path, mode)  # again: another run may have come and gone before the lock
         folder = _found(path, mode, runtime, pinned, allow_inexact=allow_inexact)
         for place in (path, folder.checkpoints):
             if place.is_dir():
                 sweep(place)
-        if mode == "overwrite":
+        if mode in ("start", "overwrite"):
             # What makes it a run goes last: after a kill the rest can still be overwritten.
             for entry in sorted(path.iterdir(), key=lambda entry: entry.name == RUN):
                 if entry.name != ".lock":
@@ -154,6 +157,7 @@ def check_free(path: Path, mode: Mode) -> None:
 
     Raises:
         BadInput: when it holds something that this mode must not touch.
+        RunFailed: `run.locked` when a run is at work there.
     """
     if not path.exists():
         if mode == "resume":
@@ -163,6 +167,11 @@ def check_free(path: Path, mode: Mode) -> None:
         raise BadInput(
             "output.not-empty", "the run's folder is a file", where=str(path), help="use --out"
         )
+    refuse_locked(path)
+    _check_contents(path, mode)
+
+
+def _check_contents(path: Path, mode: Mode) -> None:
     present = {entry.name for entry in path.iterdir() if not is_aside(entry.name)} - OURS
     if not present:
         return
@@ -173,7 +182,7 @@ def check_free(path: Path, mode: Mode) -> None:
             where=str(path),
             help="choose another with --out",
         )
-    if mode == "start":
+    if mode == "start" and (present - BEGUN - {"checkpoints"} or any(_checkpoints(path))):
         facts = strict_json.read_object(path / RUN, "checkpoint")
         raise BadInput(
             "output.not-empty",
@@ -181,6 +190,13 @@ def check_free(path: Path, mode: Mode) -> None:
             where=str(path),
             help="--resume goes on with it, --overwrite removes it, --out takes another folder",
         )
+
+
+def _checkpoints(path: Path) -> Iterator[Path]:
+    """Yield what stands in the folder of checkpoints, other than what a kill left there."""
+    folder = path / "checkpoints"
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return (entry for entry in entries if not is_aside(entry.name))
 
 
 def _now() -> str:

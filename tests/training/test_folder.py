@@ -1,6 +1,7 @@
 """Who may write to a run's folder, and what its status says afterwards."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from lorakit.errors import BadInput, Interrupted, LorakitError
 from lorakit.runtime import Runtime
 from lorakit.training import checkpoint
+from lorakit.training import folder as folder_module
 from lorakit.training.checkpoint import State
-from lorakit.training.folder import opened
+from lorakit.training.folder import check_free, opened
 
 ALONE = Runtime(torch.device("cpu"))
 PINNED = {"seed": 1}
@@ -82,6 +84,58 @@ def test_two_runs_cannot_hold_one_folder(tmp_path: Path) -> None:
     ):
         pass
     assert caught.value.id == "run.locked"
+
+
+def test_a_start_into_a_live_runs_folder_says_who_holds_it(tmp_path: Path) -> None:
+    with (
+        opened(tmp_path / "run", "start", ALONE, PINNED),
+        pytest.raises(LorakitError, match=f"pid {os.getpid()} on ") as caught,
+    ):
+        check_free(tmp_path / "run", "start")
+    assert caught.value.id == "run.locked"
+
+
+def test_a_run_that_came_to_no_step_gives_its_place_to_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with pytest.raises(RuntimeError), opened(path, "start", ALONE, PINNED):
+        raise RuntimeError
+    assert status(path) == "failed"
+    for name in ("plan.json", "log.txt"):
+        (path / name).write_text("as a run leaves it")
+    (path / "checkpoints").mkdir()
+    with opened(path, "start", ALONE, PINNED):
+        assert sorted(entry.name for entry in path.iterdir()) == [".lock", "run.json"]
+
+
+@pytest.mark.parametrize("kept", ["metrics.jsonl", "notes.txt", "checkpoints/step-000001"])
+def test_a_failed_run_with_something_to_keep_stays(tmp_path: Path, kept: str) -> None:
+    path = tmp_path / "run"
+    with pytest.raises(RuntimeError), opened(path, "start", ALONE, PINNED):
+        raise RuntimeError
+    (path / kept).parent.mkdir(exist_ok=True)
+    (path / kept).write_text("{}\n")
+    with (
+        pytest.raises(BadInput, match="a run that is failed"),
+        opened(path, "start", ALONE, PINNED),
+    ):
+        pass
+    assert (path / kept).exists()
+
+
+def test_a_run_that_ended_between_the_question_and_the_lock_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run"
+
+    def another_run(*_: object) -> None:
+        path.mkdir()
+        (path / "run.json").write_text('{"status": "finished"}')
+        (path / "adapter").mkdir()
+
+    monkeypatch.setattr(folder_module, "check_free", another_run)
+    with pytest.raises(BadInput, match="is finished"), opened(path, "start", ALONE, PINNED):
+        pass
+    assert (path / "adapter").exists()
 
 
 def test_a_resume_that_is_refused_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
