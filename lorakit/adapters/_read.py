@@ -61,6 +61,7 @@ class _Recipe(BaseModel):
 class _Base(BaseModel):
     name: str | None = None
     revision: str | None = None
+    sizes: dict[str, int] = {}
     fingerprint: str | None = None
 
 
@@ -200,15 +201,16 @@ def _method(config: PeftConfig, passport: Mapping[str, Any] | None) -> type[Meth
     """
     methods = {name: adapters.get(name) for name in adapters.names()}
     fits = [name for name, method in methods.items() if method.reads(config.values)]
-    named = passport.get("method") if passport else None
-    if named is not None and named not in fits:
-        message = f"the passport's method {shown(named)} is not what peft_type and its flags say"
-        raise config.wrong("peft_type", message, "adapter.unknown-type")
-    if not fits:
-        known = one_of(sorted({method.PEFT_TYPE for method in methods.values()}))
-        found = shown(config.values.get("peft_type"))
-        raise config.wrong("peft_type", f"expected {known}, found {found}", "adapter.unknown-type")
-    return methods[named or fits[0]]
+    named = (passport or {}).get("method")
+    if named is None and fits:
+        return methods[fits[0]]
+    if named in fits:
+        return methods[named]
+    types = one_of(sorted({method.PEFT_TYPE for method in methods.values()}))
+    message = f"expected {types}, found {shown(config.values.get('peft_type'))}"
+    if named is not None:
+        message += f" with these flags, and {PASSPORT} names the method {shown(named)}"
+    raise config.wrong("peft_type", message, "adapter.unknown-type")
 
 
 def _settings(method: type[Method], config: PeftConfig, found: Found) -> MethodSettings:

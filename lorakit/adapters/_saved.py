@@ -1,7 +1,7 @@
 """A saved adapter and a base: whether it fits, exactly; then onto the model or into the weights."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,11 @@ from lorakit.adapters._layer import ALL, Layer, layers_of
 from lorakit.adapters._linear import LowRank
 from lorakit.adapters._method import Method, SiteSettings
 from lorakit.adapters._names import missing_tensors, unexpected_tensors
-from lorakit.adapters._read import PASSPORT, Saved
+from lorakit.adapters._peft import shown
+from lorakit.adapters._read import CONFIG, PASSPORT, TENSORS, Saved
 from lorakit.errors import BadInput, Notice, Place
 from lorakit.model.frozen import dense_weight
 from lorakit.model.sites import Site, find_sites
-
-OTHER_BASE = "name the base that the adapter was trained on"
 
 
 class Base(Protocol):
@@ -25,6 +24,8 @@ class Base(Protocol):
 
     @property
     def name(self) -> str: ...
+    @property
+    def sizes(self) -> Mapping[str, int]: ...
     @property
     def fingerprint(self) -> str: ...
 
@@ -75,21 +76,22 @@ def check_base(saved: Saved, base: Base) -> Notice | None:
         A notice when the passport does not say.
 
     Raises:
-        BadInput: `adapter.wrong-base` when the fingerprints differ.
+        BadInput: `adapter.wrong-base` when sizes or fingerprints differ.
     """
-    trained_on = (saved.passport or {}).get("base")
-    known = trained_on if isinstance(trained_on, dict) else {}
+    known = _trained_on(saved)
+    for size, found in base.sizes.items():
+        if (trained := known.get("sizes", {}).get(size, found)) != found:
+            message = f"the adapter was trained on {size} {trained}, the base has {found}"
+            raise _wrong_base(saved, message, PASSPORT)
     fingerprint = known.get("fingerprint")
     if fingerprint == base.fingerprint:
         return None
     if fingerprint is not None:
-        raise BadInput(
-            "adapter.wrong-base",
+        message = (
             f"fingerprint: the adapter was trained on {known.get('name')} ({str(fingerprint)[:12]})"
-            f", the base {base.name} is {base.fingerprint[:12]}",
-            where=str(saved.folder / PASSPORT),
-            help=OTHER_BASE,
+            f", the base {base.name} is {base.fingerprint[:12]}"
         )
+        raise _wrong_base(saved, message, PASSPORT)
     message = f"nothing tells whether {base.name} is the right base"
     return Notice("adapter.base-unknown", message, Place(str(saved.folder)))
 
@@ -150,7 +152,7 @@ def _fitting(
                 help = "an adapter of one end alone cannot be merged: train it again with true"
                 raise saved.config.wrong("ensure_weight_tying", message, help=help)
     layers = {**method.layers(chosen), **copy_layers(copied)}
-    _check_tensors(saved, layers.values(), (*chosen, *copied))
+    _check_tensors(saved, layers.values(), (*chosen, *copied), everywhere)
     return chosen, layers
 
 
@@ -159,17 +161,22 @@ def _check_known(saved: Saved, names: Iterable[str], sites: Sequence[Site]) -> N
     known = {end for site in sites for end in (site.name, site.tied)}
     if unknown := [name for name in names if name not in known]:
         layers = {site.layer for site in sites if site.layer is not None}
-        raise BadInput(
-            "adapter.wrong-base",
+        message = (
             f"the adapter has tensors for {len(unknown)} modules that this base of {len(layers)} "
-            f"layers lacks, the first is {unknown[0]}",
-            where=saved.file,
-            help=OTHER_BASE,
+            f"layers lacks, from {unknown[0]} to {unknown[-1]}"
         )
+        raise _wrong_base(saved, message, TENSORS)
 
 
 def _check_all_there(saved: Saved, method: Method, sites: Sequence[Site]) -> None:
-    """Check that every module which the settings mean has its tensors."""
+    """Check that every module which the settings mean has its tensors.
+
+    Settings that name whole paths mean the layers of the base that they were written for. Without
+    a fingerprint of that base, an adapter of the first layers alone is one of a shallower base.
+
+    Raises:
+        BadInput: `adapter.missing-tensor` or `adapter.wrong-base`.
+    """
     possible = [site for site in sites if site.kind in method.kinds]
     if saved.config.values["target_modules"] == "all-linear":
         meant = {site.name for site in possible if site.kind != "embedding" and site.role != "head"}
@@ -179,9 +186,21 @@ def _check_all_there(saved: Saved, method: Method, sites: Sequence[Site]) -> Non
     owned |= {name.rpartition(".")[0] for name in owned}
     if absent := sorted(meant - owned):
         raise missing_tensors([f"any of {name}" for name in absent], saved.file)
+    there = {site.layer for site in possible if site.layer is not None}
+    adapted = {site.layer for site in possible if site.name in meant and site.layer is not None}
+    told = saved.config.values.get("layers_to_transform") or "fingerprint" in _trained_on(saved)
+    if not told and adapted and adapted < there and adapted == set(range(len(adapted))):
+        message = (
+            f"the adapter has tensors for the first {len(adapted)} layers, the base has "
+            f"{len(there)}: nothing tells that it is not of a shallower model"
+        )
+        help = f'if it is for these layers, write "layers_to_transform": {sorted(adapted)}'
+        raise _wrong_base(saved, message, CONFIG, f"{help} into {CONFIG}")
 
 
-def _check_tensors(saved: Saved, layers: Iterable[Layer], sites: Sequence[Site]) -> None:
+def _check_tensors(
+    saved: Saved, layers: Iterable[Layer], sites: Sequence[Site], everywhere: Sequence[Site]
+) -> None:
     """Check that the file's names and shapes are exactly those of the layers."""
     expected = {name: tensor.shape for layer in layers for name, tensor in layer.tensors().items()}
     extra = sorted(saved.tensors.keys() - expected.keys())
@@ -190,6 +209,7 @@ def _check_tensors(saved: Saved, layers: Iterable[Layer], sites: Sequence[Site])
     if extra:
         raise unexpected_tensors(extra, saved.file)
     sizes = {size for site in sites for size in (site.inputs, site.outputs)}
+    hidden = {site.outputs for site in everywhere if site.role == "embed"}
     for name, shape in expected.items():
         found = saved.tensors[name].shape
         if found == shape:
@@ -199,7 +219,11 @@ def _check_tensors(saved: Saved, layers: Iterable[Layer], sites: Sequence[Site])
         elsewhere = len(found) == len(shape) and all(a == b or b in sizes for a, b in pairs)
         if elsewhere and found != shape[::-1]:
             message = f"{name} is {tuple(found)} in the adapter, this base needs {tuple(shape)}"
-            raise BadInput("adapter.wrong-base", message, where=saved.file, help=OTHER_BASE)
+            for trained, here in pairs:
+                if trained != here and here in hidden:
+                    sized = f"the adapter was trained on hidden size {trained}, the base has {here}"
+                    message = f"{sized}: {message}"
+            raise _wrong_base(saved, message, TENSORS)
         message = f"{name}: expected {tuple(shape)}, found {tuple(found)}"
         raise BadInput("adapter.shape-mismatch", message, where=saved.file)
 
@@ -207,13 +231,28 @@ def _check_tensors(saved: Saved, layers: Iterable[Layer], sites: Sequence[Site])
 def _check_copy(saved: Saved, module: str, weight: Tensor, copy: Tensor) -> None:
     """Check that an embedding which the adapter was trained beside is the base's own."""
     if weight.shape != copy.shape or not torch.equal(weight.to("cpu", copy.dtype), copy):
-        raise BadInput(
-            "adapter.wrong-base",
+        message = (
             f"{module}.weight: the adapter holds a copy {tuple(copy.shape)} that differs from the "
-            f"base's {tuple(weight.shape)}",
-            where=saved.file,
-            help=OTHER_BASE,
+            f"base's {tuple(weight.shape)}"
         )
+        raise _wrong_base(saved, message, TENSORS)
+
+
+def _trained_on(saved: Saved) -> Mapping[str, Any]:
+    """Return what the passport says of the base, nothing where there is none."""
+    return (saved.passport or {}).get("base") or {}
+
+
+def _wrong_base(saved: Saved, message: str, file: str, help: str = "") -> BadInput:
+    """Return the error about a base that is not the adapter's, with the name of the one that is."""
+    name = _trained_on(saved).get("name") or saved.config.values.get("base_model_name_or_path")
+    named = f", which its settings call {shown(name)}" if name else ""
+    return BadInput(
+        "adapter.wrong-base",
+        message,
+        where=str(saved.folder / file),
+        help=help or f"name the base that the adapter was trained on{named}",
+    )
 
 
 @torch.no_grad()

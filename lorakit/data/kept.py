@@ -136,10 +136,11 @@ class Kept:
 
     def notices(self, stops: frozenset[int]) -> list[Notice]:
         """Return what was dropped or cut, and answers whose end is not learnt."""
-        found = [
-            Notice("data.dropped", self._counted(rows, f"{reason}: dropped"), rows[0])
-            for reason, rows in self.dropped.items()
-        ]
+        found = []
+        for reason, rows in self.dropped.items():
+            limit = f" {self.max_length:,}" if reason.endswith("max_length") else ""
+            message = self._counted(rows, f"{reason}{limit}: dropped")
+            found.append(Notice("data.dropped", message, rows[0]))
         cut = [example.place for example in self.examples if example.cut]
         if cut:
             message = self._counted(cut, f"over max_length {self.max_length:,}: cut")

@@ -133,7 +133,8 @@ def verdict(report: Mapping[str, Any]) -> str:
     if "skipped" in found:
         return f"files read back equal; logits not compared: {found['skipped']}"
     agreeing = round(found["argmax_agreement"] * found["positions"])
-    kept = "" if found["effect_kept"] is None else f" ({found['effect_kept']:.0%} of it kept)"
+    share = found["effect_kept"]
+    kept = "" if share is None else f" ({round(100 * share)}% of it kept)"
     return (
         f"{found['prompts']} prompts: max logit difference {found['max_abs']:.2g} "
         f"({found['relative_l2']:.1e} of the norm, {report['dtype']} bound {found['bound']:.1e}), "

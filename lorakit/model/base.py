@@ -72,6 +72,14 @@ class Base:
         limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         return limit if isinstance(limit, int) and limit > 0 else None
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What most plainly tells one base from another."""
+        config = self.config.get_text_config()
+        named = {"hidden size": "hidden_size", "layers": "num_hidden_layers"}
+        found = {size: getattr(config, key, None) for size, key in named.items()}
+        return {size: count for size, count in found.items() if isinstance(count, int)}
+
     @cached_property
     def fingerprint(self) -> str:
         """A digest that tells these weights from any others of the same shapes."""
@@ -97,6 +105,7 @@ class Base:
             "name": self.name,
             "revision": self.revision,
             "model_type": self.config.model_type,
+            "sizes": self.sizes,
             "fingerprint": self.fingerprint,
         }
         if self.remote_code and self.folder:

@@ -504,11 +504,26 @@ def other_base(**changes):
 def test_another_base_is_refused(folder):
     error = refusal(folder, other_base(hidden_size=64))
     assert error.id == "adapter.wrong-base"
-    assert "32" in error.message
-    assert "64" in error.message
+    assert error.message.startswith("the adapter was trained on hidden size 32, the base has 64: ")
+    assert 'which its settings call "tiny"' in str(error.help)
     error = refusal(folder, other_base(num_hidden_layers=1))
     assert error.id == "adapter.wrong-base"
     assert "layers.1" in error.message
+    assert error.message.endswith("to model.layers.1.self_attn.v_proj")
+
+
+def test_an_adapter_of_a_shallower_base_is_refused_unless_something_tells(folder):
+    """Its settings name whole paths, as lorakit writes them for a recipe's `layers` too."""
+    deeper = other_base(num_hidden_layers=4)
+    use(folder, deeper)  # the fingerprint tells, in `check_base`
+    configure(folder)
+    error = refusal(folder, other_base(num_hidden_layers=4))
+    assert error.id == "adapter.wrong-base"
+    assert "the first 2 layers, the base has 4" in error.message
+    assert '"layers_to_transform": [0, 1]' in str(error.help)
+    use(folder)
+    configure(folder, layers_to_transform=[0, 1])
+    use(folder, other_base(num_hidden_layers=4))
 
 
 def test_a_deeper_base_is_refused_where_the_settings_mean_its_layers(folder):
@@ -521,8 +536,8 @@ def test_a_deeper_base_is_refused_where_the_settings_mean_its_layers(folder):
 class Base:
     name = "other"
 
-    def __init__(self, fingerprint):
-        self.fingerprint = fingerprint
+    def __init__(self, fingerprint, **sizes):
+        self.fingerprint, self.sizes = fingerprint, sizes
 
 
 def test_a_fingerprint_tells_bases_apart(folder):
@@ -532,6 +547,14 @@ def test_a_fingerprint_tells_bases_apart(folder):
         adapters.check_base(saved, Base("e" * 64))
     assert refused.value.id == "adapter.wrong-base"
     assert "fingerprint" in refused.value.message
+    assert adapters.check_base(saved, Base("f" * 64, layers=4)) is None  # an older passport
+    passport = json.loads((folder / PASSPORT).read_text())
+    passport["base"]["sizes"] = {"hidden size": 32, "layers": 2}
+    (folder / PASSPORT).write_text(json.dumps(passport))
+    for size in ("hidden size", "layers"):
+        with pytest.raises(BadInput, match=f"trained on {size} .*, the base has 64") as refused:
+            adapters.check_base(adapters.read(folder), Base("e" * 64, **{size: 64}))
+        assert refused.value.id == "adapter.wrong-base"
     (folder / PASSPORT).unlink()
     notice = adapters.check_base(adapters.read(folder), Base("e" * 64))
     assert notice

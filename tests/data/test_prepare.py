@@ -55,6 +55,7 @@ def test_long_rows_are_dropped_and_named(tmp_path: Path) -> None:
     assert notice.id == "data.dropped"
     assert "1 of 21 rows" in notice.message
     assert "rows.jsonl:6" in notice.message
+    assert "over max_length 50: dropped" in notice.message
     assert found.report.train is not None
     assert found.report.train.dropped == {"over max_length": 1}
     assert found.report.train.longest > 50
