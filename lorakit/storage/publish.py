@@ -19,7 +19,8 @@ from lorakit.storage.disk import (
     write_all,
 )
 
-_ASIDE = re.compile(r"\.(?:tmp|trash)-(?P<name>.+)-(?P<pid>\d+)-[0-9a-f]{8}", re.DOTALL)
+# `tmp`: being written. `old`: moved aside for a new one. `trash`: being removed.
+_ASIDE = re.compile(r"\.(?P<kind>tmp|old|trash)-(?P<name>.+)-(?P<pid>\d+)-[0-9a-f]{8}", re.DOTALL)
 
 
 @contextmanager
@@ -94,14 +95,36 @@ def remove_folder(folder: Path) -> None:
 def sweep(folder: Path, name: str | None = None) -> None:
     """Remove what killed processes left beside their targets, or beside the one called `name`.
 
+    What was moved aside for a new one that never took its place is brought back.
+
     Raises:
         RunFailed: when the disk refuses.
     """
     with storage_errors(folder):
         for entry in os.listdir(folder):
             match = _ASIDE.fullmatch(entry)
-            if match and name in (None, match["name"]) and not _alive(int(match["pid"])):
+            if not match or name not in (None, match["name"]) or _alive(int(match["pid"])):
+                continue
+            target = folder / match["name"]
+            if match["kind"] == "old" and not os.path.lexists(target):
+                os.rename(folder / entry, target)
+                sync(folder)
+            else:
                 _delete(folder / entry)
+
+
+def set_aside(folder: Path, name: str) -> None:
+    """Give a folder another name beside its own, in place of what has it.
+
+    Raises:
+        RunFailed: when the disk refuses.
+    """
+    target = folder.with_name(name)
+    with storage_errors(folder):
+        if os.path.lexists(target):
+            remove_folder(target)
+        os.rename(folder, target)
+        sync(folder.parent)
 
 
 def is_aside(name: str) -> bool:
@@ -117,6 +140,7 @@ def _prepare(target: Path, *, replace: bool) -> None:
     _check(target, replace=replace)
     make_folder(target.parent)
     sweep(target.parent, target.name)
+    _check(target, replace=replace)  # again: what a kill left aside may be back
 
 
 def _check(target: Path, *, replace: bool) -> None:
@@ -147,7 +171,7 @@ def _settle(folder: Path) -> None:
 
 def _put(temporary: Path, target: Path) -> None:
     """Rename a settled folder to `target`, an older one moved aside for it."""
-    old = _beside(target, "trash")
+    old = _beside(target, "old")
     had_old = os.path.lexists(target)
     if had_old:
         os.rename(target, old)

@@ -7,20 +7,21 @@ The schedule, the order of the data and dropout are functions of the step, so th
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import torch
 
 from lorakit.errors import BadInput, EnvironmentLacks, Notice, Place, RunFailed
 from lorakit.storage import strict_json
 from lorakit.storage.manifest import check_manifest, write_manifest
-from lorakit.storage.publish import publish_folder, remove_folder
+from lorakit.storage.publish import publish_folder, remove_folder, set_aside
 from lorakit.storage.tensors import TensorFile, write_tensors
 
 NAME = re.compile(r"step-(\d{6,})")
 SCHEMA = 1
+NOT_FINITE = "lower train.learning_rate, or set model.dtype to bf16 or fp32"
 
 
 @dataclass
@@ -67,14 +68,18 @@ def save(
     optimizer: Mapping[str, torch.Tensor],
     save_adapter: Callable[[Path], None],
 ) -> Path:
-    """Write one checkpoint beside its place, verify what was written, and rename it.
+    """Write one checkpoint beside its place, rename it, and read it again.
 
     Raises:
-        RunFailed: when the disk refuses; every older checkpoint is untouched.
+        RunFailed: when the disk refuses or is too small, or a value is not finite; every older
+            checkpoint is untouched.
     """
-    checkpoints.mkdir(parents=True, exist_ok=True)
+    for name, tensor in optimizer.items():
+        if not tensor.isfinite().all():
+            message = f"the optimizer's {name} after step {state.step}: no checkpoint is written"
+            raise RunFailed("run.not-finite", message, where=str(checkpoints), help=NOT_FINITE)
     target = checkpoints / f"step-{state.step:06d}"
-    with publish_folder(target, replace=True) as folder:
+    with publish_folder(target, replace=True, needed=_size(checkpoints, optimizer)) as folder:
         save_adapter(folder / "adapter")
         write_tensors(folder / "optimizer.safetensors", optimizer, {"format": "pt"})
         written = {"schema": SCHEMA, "state": asdict(state), "pinned": dict(pinned)}
@@ -102,8 +107,12 @@ def newest(checkpoints: Path) -> tuple[Checkpoint | None, list[Notice]]:
     skipped = []
     for step in reversed(_steps(checkpoints)):
         folder = checkpoints / f"step-{step:06d}"
-        if reason := check_manifest(folder):
+        if reason := _damage(folder):
             skipped.append((step, reason))
+            continue
+        found = _open(folder)
+        if found.state.step != step:
+            skipped.append((step, f"it holds step {found.state.step}"))
             continue
         going_on = f"; resuming from step {step}"
         notices = [
@@ -114,7 +123,7 @@ def newest(checkpoints: Path) -> tuple[Checkpoint | None, list[Notice]]:
             )
             for bad, why in skipped
         ]
-        return _open(folder), notices
+        return found, notices
     if skipped:
         reasons = ", ".join(f"step {step}: {reason}" for step, reason in skipped)
         raise RunFailed(
@@ -124,6 +133,17 @@ def newest(checkpoints: Path) -> tuple[Checkpoint | None, list[Notice]]:
             help="start again with --overwrite, or bring back the files",
         )
     return None, []
+
+
+def set_damaged_aside(checkpoints: Path, good: int) -> None:
+    """Rename what stands after the newest good step, so that pruning never counts on it.
+
+    Raises:
+        RunFailed: when the disk refuses.
+    """
+    for step in _steps(checkpoints):
+        if step > good:
+            set_aside(checkpoints / f"step-{step:06d}", f".bad-step-{step:06d}")
 
 
 def check_unchanged(
@@ -160,20 +180,50 @@ def _steps(checkpoints: Path) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
+def _damage(folder: Path) -> str | None:
+    """Return what is wrong with a checkpoint; bytes that cannot be read are damaged bytes."""
+    try:
+        return check_manifest(folder)
+    except RunFailed as error:
+        if error.id != "storage.io":
+            raise
+        return f"it cannot be read: {error.message}"
+
+
+def _size(checkpoints: Path, optimizer: Mapping[str, torch.Tensor]) -> int:
+    """Return the bytes that a checkpoint takes: as many as the last one, else what is known."""
+    for step in _steps(checkpoints)[-1:]:
+        files = (checkpoints / f"step-{step:06d}").rglob("*")
+        return sum(path.stat().st_size for path in files)
+    # Two moments of AdamW, and the adapter of the same size.
+    return sum(tensor.nbytes for tensor in optimizer.values()) * 3 // 2
+
+
 def _open(folder: Path) -> Checkpoint:
-    written = strict_json.read(folder / "state.json", "checkpoint")
-    if written["schema"] > SCHEMA:
+    written = strict_json.read_object(folder / "state.json", "checkpoint")
+    schema, state, pinned = (written.get(key) for key in ("schema", "state", "pinned"))
+    if type(schema) is int and schema > SCHEMA:
         raise EnvironmentLacks(
             "checkpoint.newer",
-            f"a newer lorakit wrote this checkpoint (schema {written['schema']}, known {SCHEMA})",
+            f"a newer lorakit wrote this checkpoint (schema {schema}, known {SCHEMA})",
             where=str(folder),
             help="pip install --upgrade lorakit",
         )
-    if written["state"].keys() != {one.name for one in fields(State)}:
+    known = get_type_hints(State)
+    if schema != SCHEMA or not isinstance(state, dict) or not isinstance(pinned, dict):
+        raise _not_ours(folder, "state.json has no schema, state and pinned")
+    if state.keys() != known.keys():
         raise BadInput(
             "checkpoint.changed",
-            f"lorakit {written['pinned'].get('lorakit')} wrote this checkpoint in another form",
+            f"lorakit {pinned.get('lorakit')} wrote this checkpoint in another form",
             where=str(folder),
             help="finish the run with that version",
         )
-    return Checkpoint(folder, State(**written["state"]), written["pinned"])
+    for key, kind in known.items():
+        if not isinstance(state[key], dict if get_origin(kind) is dict else kind):
+            raise _not_ours(folder, f"state.{key} is {state[key]!r}")
+    return Checkpoint(folder, State(**state), pinned)
+
+
+def _not_ours(folder: Path, what: str) -> RunFailed:
+    return RunFailed("checkpoint.damaged", f"no run wrote this: {what}", where=str(folder))

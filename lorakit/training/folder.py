@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorakit.environment import all_variables
-from lorakit.errors import BadInput, LorakitError, Notice
+from lorakit.errors import BadInput, LorakitError, Notice, Place
 from lorakit.runtime import Runtime
 from lorakit.storage import strict_json
+from lorakit.storage.disk import storage_errors
 from lorakit.storage.lock import locked, refuse_locked
+from lorakit.storage.paths import open_regular
 from lorakit.storage.publish import is_aside, publish_file, remove_folder, sweep
 from lorakit.storage.redact import redact
 from lorakit.training import checkpoint
@@ -62,7 +64,10 @@ class RunFolder:
             status="running", started=began, id=self.facts.get("id", f"{self.path.name}-{began}")
         )
         if self.resume:
-            resumed = {"step": self.resume.state.step, "changed": dict(self.changed)}
+            step = self.resume.state.step
+            checkpoint.set_damaged_aside(self.checkpoints, step)
+            supersede(self.metrics, step)
+            resumed = {"step": step, "changed": dict(self.changed)}
             self.note(resumes=[*self.facts.get("resumes", []), resumed])
 
     def write(self, name: str, content: str | bytes) -> None:
@@ -104,10 +109,10 @@ def opened(
     check_free(path, mode)
     with locked(path):
         _check_contents(path, mode)  # again: another run may have come and gone before the lock
-        folder = _found(path, mode, runtime, pinned, allow_inexact=allow_inexact)
-        for place in (path, folder.checkpoints):
+        for place in (path, path / "checkpoints"):
             if place.is_dir():
                 sweep(place)
+        folder = _found(path, mode, runtime, pinned, allow_inexact=allow_inexact)
         if mode in ("start", "overwrite"):
             # What makes it a run goes last: after a kill the rest can still be overwritten.
             for entry in sorted(path.iterdir(), key=lambda entry: entry.name == RUN):
@@ -141,6 +146,24 @@ def _found(
     changed = checkpoint.check_unchanged(found, pinned, allow_inexact=allow_inexact)
     facts = strict_json.read_object(path / RUN, "checkpoint")
     return replace(fresh, facts=facts, resume=found, changed=changed, notices=tuple(notices))
+
+
+def supersede(metrics: Path, step: int) -> None:
+    """Mark the rows after `step`, which a resume takes again; a torn line is left out.
+
+    Raises:
+        RunFailed: when the disk refuses.
+    """
+    if not metrics.exists():
+        return
+    rows = []
+    with open_regular(metrics, "checkpoint") as file, storage_errors(metrics):
+        for line in file.read().splitlines():
+            with suppress(LorakitError):
+                row = strict_json.parse(line, Place(str(metrics)), "checkpoint")
+                rows.append(row | {"superseded": True} if row["step"] > step else row)
+    text = "".join(f"{strict_json.dumps_line(row)}\n" for row in rows)
+    publish_file(metrics, text.encode(), replace=True)
 
 
 def _nothing_to_resume(path: Path) -> BadInput:

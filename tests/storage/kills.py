@@ -99,7 +99,7 @@ def contents(folder: Path) -> dict[str, bytes] | None:
 
 def beside(folder: Path) -> set[str]:
     """Return what stands in a folder under a temporary name."""
-    return {name for name in os.listdir(folder) if name.startswith((".tmp-", ".trash-"))}
+    return {name for name in os.listdir(folder) if name.startswith((".tmp-", ".old-", ".trash-"))}
 
 
 def full() -> OSError:

@@ -9,7 +9,13 @@ import pytest
 from lorakit.errors import BadInput, LorakitError, RunFailed
 from lorakit.storage import publish
 from lorakit.storage.manifest import check_manifest, write_manifest
-from lorakit.storage.publish import publish_file, publish_folder, remove_folder, sweep
+from lorakit.storage.publish import (
+    publish_file,
+    publish_folder,
+    remove_folder,
+    set_aside,
+    sweep,
+)
 from tests.storage.kills import beside, calls, contents, kills, refusals
 
 OLD = {"a.txt": b"old", "sub/b.txt": b"old too", "gone.txt": b"x"}
@@ -78,6 +84,36 @@ def test_a_kill_while_replacing_leaves_nothing_the_old_or_the_new(tmp_path: Path
     assert version(target) == "new"
     assert set(seen) == {"old", "absent", "new"}
     assert seen.count("absent") == 1  # between the two renames
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    put(target, OLD)
+    absent = 0
+    for _ in kills(lambda: put(target)):
+        absent += not target.exists()
+        sweep(tmp_path)
+        assert version(target) in ("old", "new")
+        assert not beside(tmp_path)
+        put(target, OLD)
+    assert absent == 1
+
+
+def test_what_a_kill_left_aside_is_not_replaced_unasked(tmp_path: Path, dead_pid: int) -> None:
+    put(tmp_path / "out", OLD)
+    (tmp_path / "out").rename(tmp_path / f".old-out-{dead_pid}-0123abcd")
+    with pytest.raises(BadInput) as caught:
+        put(tmp_path / "out", replace=False)
+    assert caught.value.id == "output.not-empty"
+    assert version(tmp_path / "out") == "old"
+
+
+def test_a_folder_set_aside_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
+    for files in (OLD, NEW):
+        put(tmp_path / "out", files)
+        set_aside(tmp_path / "out", ".bad-out")
+    assert [path.name for path in tmp_path.iterdir()] == [".bad-out"]
+    assert version(tmp_path / ".bad-out") == "new"
 
 
 def test_a_kill_while_replacing_a_file_leaves_the_old_or_the_new(tmp_path: Path) -> None:

@@ -1,11 +1,17 @@
 """Checkpoints come back whole, a damaged one is passed over by name, and old ones go."""
 
+import errno
+import json
+import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 
-from lorakit.errors import BadInput, RunFailed
+from lorakit.errors import BadInput, LorakitError, RunFailed
+from lorakit.storage import disk, manifest
+from lorakit.storage.hashing import sha256_file
 from lorakit.training import checkpoint
 from lorakit.training.checkpoint import State
 
@@ -52,6 +58,95 @@ def test_a_damaged_one_is_skipped_by_name(tmp_path: Path, file: str) -> None:
     assert [notice.id for notice in notices] == ["checkpoint.skipped"]
     assert "skipped step 2" in notices[0].message
     assert "resuming from step 1" in notices[0].message
+
+
+def test_one_under_another_number_is_skipped(tmp_path: Path) -> None:
+    shutil.copytree(write(tmp_path, 1), tmp_path / "step-000007")
+    found, notices = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found.state.step == 1
+    assert "skipped step 7: it holds step 1" in notices[0].message
+
+
+def test_one_that_the_disk_cannot_read_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, 1)
+    newest = write(tmp_path, 2)
+
+    def read(path: Path) -> str:
+        if path.is_relative_to(newest):
+            raise OSError(errno.EIO, "Input/output error")
+        return sha256_file(path)
+
+    monkeypatch.setattr(manifest, "sha256_file", read)
+    found, notices = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found.state.step == 1
+    assert "EIO" in notices[0].message
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "[]",
+        "{}",
+        '{"schema": "1", "state": {}, "pinned": {}}',
+        '{"schema": 1, "state": [], "pinned": {}}',
+        '{"schema": 1, "state": {}, "pinned": null}',
+    ],
+)
+def test_a_forged_state_is_damage(tmp_path: Path, written: str) -> None:
+    forge(write(tmp_path, 1), written)
+    with pytest.raises(LorakitError) as caught:
+        checkpoint.newest(tmp_path)
+    assert caught.value.id == "checkpoint.damaged"
+
+
+@pytest.mark.parametrize("key", [one.name for one in fields(State)])
+def test_each_value_of_a_state_has_its_type(tmp_path: Path, key: str) -> None:
+    folder = write(tmp_path, 1)
+    content = json.loads((folder / "state.json").read_text())
+    content["state"][key] = ["other"]
+    forge(folder, json.dumps(content))
+    with pytest.raises(RunFailed, match=rf"state\.{key}") as caught:
+        checkpoint.newest(tmp_path)
+    assert caught.value.id == "checkpoint.damaged"
+
+
+def forge(folder: Path, state: str) -> None:
+    (folder / "state.json").write_text(state)
+    (folder / "manifest.json").unlink()
+    manifest.write_manifest(folder)
+
+
+def test_a_moment_that_is_not_finite_is_never_written(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    with pytest.raises(RunFailed, match="exp_avg/A") as caught:
+        write(tmp_path, 2, value=float("nan"))
+    assert caught.value.id == "run.not-finite"
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+
+
+def test_a_disk_too_small_for_another_is_said_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = write(tmp_path, 1)
+    size = sum(path.stat().st_size for path in first.rglob("*"))
+    monkeypatch.setattr(disk, "free_space", lambda _: size)
+    with pytest.raises(RunFailed, match=f"{size:,} bytes needed") as caught:
+        write(tmp_path, 2)
+    assert caught.value.id == "storage.full"
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+
+
+def test_what_is_damaged_is_set_aside_and_never_counted(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+    checkpoint.set_damaged_aside(tmp_path, 2)
+    checkpoint.prune(tmp_path, keep=2, best=None)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [".bad-step-000003", "step-000001", "step-000002"]
 
 
 def test_none_good_is_an_error_and_never_a_fresh_start(tmp_path: Path) -> None:

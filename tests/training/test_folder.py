@@ -210,3 +210,29 @@ def test_a_run_whose_facts_are_no_object_is_damaged(tmp_path: Path, mode: str) -
     with pytest.raises(LorakitError) as caught, opened(tmp_path, mode, ALONE, PINNED):  # type: ignore[arg-type]
         pass
     assert caught.value.id == "checkpoint.damaged"
+
+
+def test_rows_that_a_resume_takes_again_are_marked(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with opened(path, "start", ALONE, PINNED) as folder:
+        checkpoint.save(folder.checkpoints, State(step=2), PINNED, {}, lambda path: path.mkdir())
+        rows = [{"step": 2, "loss": 1.5}, {"step": 3, "loss": 1.25}, {"step": 3, "skipped": True}]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        folder.metrics.write_text(text + '{"step": 4, "lo')
+    with opened(path, "resume", ALONE, PINNED) as folder:
+        found = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    assert found == [rows[0], *(row | {"superseded": True} for row in rows[1:])]
+
+
+def test_a_resume_sets_aside_what_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with opened(path, "start", ALONE, PINNED) as folder:
+        for step in (2, 4):
+            checkpoint.save(
+                folder.checkpoints, State(step=step), PINNED, {}, lambda path: path.mkdir()
+            )
+        (folder.checkpoints / "step-000004" / "state.json").write_text("{}")
+    with opened(path, "resume", ALONE, PINNED) as folder:
+        assert [notice.id for notice in folder.notices] == ["checkpoint.skipped"]
+        names = {entry.name for entry in folder.checkpoints.iterdir()}
+        assert names == {"step-000002", ".bad-step-000004"}
