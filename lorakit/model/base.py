@@ -31,7 +31,7 @@ from lorakit.model import hub
 from lorakit.model.checks import check_finite, check_loaded, check_tensors
 from lorakit.model.config import attempt, check_config, read_config, read_generation
 from lorakit.model.gguf import read_gguf_config, reading
-from lorakit.model.tokenizer import read_tokenizer
+from lorakit.model.tokenizer import files_sha256, read_tokenizer
 from lorakit.model.weights import Loaded, Weights, open_folder
 from lorakit.recipe import sections
 from lorakit.storage.hashing import sha256_file
@@ -87,6 +87,10 @@ class Base:
             return sha256_file(self.gguf)
         with self.weights() as weights:
             return weights.fingerprint()
+
+    def tokenizer_sha256(self) -> str:
+        """Return a digest of the tokenizer's files; that of a GGUF file is in its fingerprint."""
+        return files_sha256(self.folder) if self.folder else self.fingerprint
 
     def weights(self) -> Weights:
         """Open the tensors as they are stored; those of a GGUF file dequantised, in bf16.

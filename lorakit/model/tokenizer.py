@@ -8,10 +8,15 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 from lorakit.errors import BadInput
 from lorakit.model.config import cleaned
 from lorakit.storage import strict_json
+from lorakit.storage.hashing import sha256_file, sha256_json
 from lorakit.storage.paths import inside
 from lorakit.storage.redact import printable
 
 SETTINGS = "tokenizer_config.json"
+FILES = (  # of every kind of tokenizer
+    "tokenizer.json tokenizer.model vocab.json vocab.txt spiece.model merges.txt"
+    " tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja"
+).split()
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -49,6 +54,11 @@ def read_tokenizer(
     if gguf and isinstance(stop, int):  # some releases of transformers take another token for it
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stop)
     return tokenizer
+
+
+def files_sha256(folder: Path) -> str:
+    """Return a digest of all files in a folder that make a tokenizer what it is."""
+    return sha256_json({n: sha256_file(folder / n) for n in FILES if (folder / n).is_file()})
 
 
 def check_vocabulary(

@@ -2,9 +2,8 @@
 
 import importlib.metadata
 import platform
+from functools import cache
 from typing import Any
-
-import torch
 
 from lorakit import __version__
 from lorakit.recipe.sections import Recipe
@@ -22,8 +21,12 @@ HARMLESS_KEYS = ("log_every", "save_every", "keep_checkpoints")
 
 def versions() -> dict[str, str]:
     """Return the versions that a result may depend on."""
-    found = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {"lorakit": __version__, "python": platform.python_version(), **found}
+    return {"lorakit": __version__, "python": platform.python_version(), **_packages()}
+
+
+@cache  # each is searched for on the disk, and every checkpoint says them
+def _packages() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def of_run(plan: Plan, state: State) -> dict[str, Any]:
@@ -57,14 +60,14 @@ def pinned(plan: Plan, runtime: Runtime) -> dict[str, Any]:
     """Return what must be the same for a resumed run to end bit-equal to an uninterrupted one."""
     return {
         **{f"recipe.{key}": value for key, value in _mathematics(plan.recipe).items()},
+        **{f"data {source}": sha256 for source, sha256 in plan.dataset.report.sha256.items()},
         "data": sha256_json(plan.dataset.report.facts()),
+        "tokenizer": plan.base.tokenizer_sha256(),
         "order": plan.steps.order_sha256(0),
         "template": sha256_json(plan.dataset.chat_template),
         "base": plan.base.fingerprint,
         "dtype": str(plan.dtype).removeprefix("torch."),
-        "device": runtime.device.type,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
+        "device": runtime.describe(),
         "processes": runtime.processes,
         **versions(),
     }
