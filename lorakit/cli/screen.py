@@ -30,6 +30,7 @@ from lorakit.errors import (
     RecipeError,
 )
 from lorakit.processes import end_by
+from lorakit.storage.disk import append_line
 from lorakit.storage.redact import redact
 
 RecipeArgument = Annotated[
@@ -72,6 +73,7 @@ class Screen:
         self.err = _console(sys.stderr, color)
         self.notices: list[Notice] = []
         self._log: Path | None = None
+        self._unlogged: list[str] = []
 
     @property
     def live(self) -> bool:
@@ -84,8 +86,9 @@ class Screen:
         return self.out.color_system is not None
 
     def log_to(self, path: Path) -> None:
-        """From now on add what stderr shows, plain, to this file as well."""
+        """Add what stderr has shown, and what it will show, plain to this file as well."""
         self._log = path
+        self._note(*self._unlogged)
 
     def say(self, text: str) -> None:
         """Write one line of progress on stderr."""
@@ -218,11 +221,14 @@ class Screen:
     def _clean(self, text: str) -> str:
         return redact(text, environment.all_variables())
 
-    def _note(self, text: str) -> None:
-        if self._log:
+    def _note(self, *texts: str) -> None:
+        if self._log is None:
+            self._unlogged += texts
+            return
+        for text in texts:
             # A full disk must not hide what is being said of it.
-            with suppress(OSError), self._log.open("a", encoding="utf-8") as file:
-                file.write(text + "\n")
+            with suppress(LorakitError):
+                append_line(self._log, text)
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -290,10 +296,16 @@ def usage(message: str, help: str | None = None) -> BadInput:
     return BadInput("usage", message, help=help)
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Go on in silence: nobody reads the lines, but the work is still wanted."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 def _console(stream: TextIO, color: Color) -> Console:
     plain = color == "never" or (color == "auto" and environment.variable("NO_COLOR") is not None)
     force = True if color == "always" else None
-    return Console(
+    return _Console(
         file=stream,
         no_color=plain,
         force_terminal=force,
