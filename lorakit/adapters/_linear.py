@@ -1,13 +1,17 @@
-"""The low-rank product y = base(x) + s · drop(x) Aᵀ Bᵀ, with its backward pass written by hand.
+"""The low-rank product y = x Wᵀ + s · drop(x) Aᵀ Bᵀ, with its backward pass written by hand.
 
-With G = dL/dy and Q = G B, which is only r wide: dB = s Gᵀ (x Aᵀ), dA = s Qᵀ x, dx = G W + s Q A.
-Where the base is a plain frozen weight, the base product and the update are one autograd node: the
-update is added into the base product in place, forward and backward, and only x (the caller's
-tensor, not a copy) and x Aᵀ are kept. A base of any other kind is called as a module.
+With G = dL/dy and Q = s · G B, which is only r wide: dB = s · Gᵀ (x Aᵀ), dA = Qᵀ x and
+dx = G W + Q A. Base product and update are one autograd node: the update is added into the base
+product in place, forward and backward, and only x (the caller's tensor, no copy) and x Aᵀ are kept.
+
+Products that read the same x are one node as well: their A's are one matrix, and the gradient of x
+is summed in place. x itself may be made of what is kept (`model/elementwise.py`), so that a norm or
+a gate before the products costs no memory. A base of any other kind is called as a module.
 
 A and B are fp32 masters; they are cast to the dtype of x where they are used.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +19,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from lorakit.model.elementwise import Itself, Source
 from lorakit.model.frozen import dense_weight, is_frozen_linear
+
+ITSELF = Itself()
 
 
 class LowRank(NamedTuple):
@@ -26,13 +33,14 @@ class LowRank(NamedTuple):
     scale: float
 
 
-def low_rank_linear(
-    x: Tensor,
-    base: nn.Module,
-    update: LowRank,
-    *,
-    dropout: float = 0.0,
-) -> Tensor:
+class Product(NamedTuple):
+    """A frozen linear module and the update around it; either may be missing."""
+
+    base: nn.Module | None
+    update: LowRank | None = None
+
+
+def low_rank_linear(x: Tensor, base: nn.Module, update: LowRank, *, dropout: float = 0.0) -> Tensor:
     """Return base(x) + scale · drop(x) Aᵀ Bᵀ, shape (..., outputs).
 
     Args:
@@ -43,12 +51,35 @@ def low_rank_linear(
     """
     if not is_frozen_linear(base):
         return add_low_rank(base(x), x, update, dropout=dropout)
-    return _product(x, None, base, update, dropout)
+    return products([x], [Product(base, update)], dropout=dropout)[0]
 
 
 def add_low_rank(y: Tensor, x: Tensor, update: LowRank, *, dropout: float = 0.0) -> Tensor:
     """Return y + scale · drop(x) Aᵀ Bᵀ for a y (..., outputs) that was computed elsewhere."""
-    return _product(x, y, None, update, dropout)
+    return products([x], [Product(None, update)], added=y, dropout=dropout)[0]
+
+
+def products(
+    inputs: Sequence[Tensor],
+    of: Sequence[Product],
+    *,
+    source: Source = ITSELF,
+    added: Tensor | None = None,
+    dropout: float = 0.0,
+) -> tuple[Tensor, ...]:
+    """Return what products make of the same x, (..., outputs) each, in one autograd node.
+
+    Args:
+        inputs: what x is made of, (..., dim) each.
+        of: the products; one without a base is added to `added` alone.
+        source: how x (..., inputs) is made.
+        added: what the only product is added to, (..., outputs).
+        dropout: share of the entries of x that an update does not see, drawn for each of them.
+    """
+    factors = [factor for _, update in of if update for factor in (update.A, update.B)]
+    call = _Call(source, tuple(of), len(inputs), dropout)
+    outs: tuple[Tensor, ...] = _Products.apply(call, added, *inputs, *factors)  # type: ignore[no-untyped-call]
+    return outs
 
 
 def added_to(weight: Tensor, update: LowRank, rows: slice = slice(None)) -> Tensor:
@@ -58,76 +89,142 @@ def added_to(weight: Tensor, update: LowRank, rows: slice = slice(None)) -> Tens
     return torch.addmm(weight.to(wide), B, A, alpha=update.scale)
 
 
-def _product(
-    x: Tensor,
-    y: Tensor | None,
-    base: nn.Module | None,
-    update: LowRank,
-    dropout: float,
-) -> Tensor:
-    out: Tensor = _Product.apply(x, y, base, *update, dropout)  # type: ignore[no-untyped-call]
-    return out
+class _Call(NamedTuple):
+    """What of a call is no tensor. Its tensors: `arity` inputs, then A and B of each update."""
+
+    source: Source
+    of: tuple[Product, ...]
+    arity: int
+    dropout: float
+
+    @property
+    def updates(self) -> list[LowRank]:
+        return [update for _, update in self.of if update]
+
+    def scale(self, update: LowRank) -> float:
+        """Return what the product with the entries that dropout left is multiplied by."""
+        return update.scale / (1 - self.dropout)
 
 
-class _Product(torch.autograd.Function):
-    """x, and either y or a frozen linear base, to y + s · drop(x) Aᵀ Bᵀ; y = x Wᵀ + bias."""
-
+class _Products(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        y: Any,
-        base: Any,
-        A: Tensor,
-        B: Tensor,
-        scale: float,
-        dropout: float,
-    ) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        keep = None
-        if dropout > 0:
-            keep = torch.empty_like(flat, dtype=torch.bool).bernoulli_(1 - dropout)
-            scale = scale / (1 - dropout)
-        xA = _dropped(flat, keep) @ A.to(x.dtype).t()
-        Bt = B.to(x.dtype).t()
-        if y is None:
-            out = functional.linear(flat, dense_weight(base), base.bias).addmm_(xA, Bt, alpha=scale)
-        else:
-            out = torch.addmm(y.reshape(-1, y.shape[-1]), xA, Bt, alpha=scale)
-        # x is needed for A's gradient alone: where A is frozen, the r columns of x Aᵀ are enough.
-        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, xA, A, B, keep)
-        ctx.base, ctx.scale, ctx.shape = base, scale, x.shape
-        return out.view(*x.shape[:-1], B.shape[0])
+    def forward(ctx: Any, call: _Call, added: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        inputs = [_flat(tensor) for tensor in tensors[: call.arity]]
+        x, kept = call.source.forward(*inputs)
+        masks = [_mask(x, call.dropout) for _ in call.updates] if call.dropout else []
+        narrow = _narrow(x, call.updates, masks)
+        outs, each = [], iter(narrow)
+        for base, update in call.of:
+            y = _flat(added) if base is None else _linear(x, base, added)
+            if update:
+                # What the caller computed is left as it is, what we have is added to in place.
+                add = torch.addmm if base is None else Tensor.addmm_
+                y = add(y, next(each), update.B.to(x.dtype).t(), alpha=call.scale(update))
+            outs.append(y.view(*tensors[0].shape[:-1], y.shape[-1]))
+        # A plain x serves the gradients of the A's alone: where none is trained it is not kept.
+        if isinstance(call.source, Itself) and not any(ctx.needs_input_grad[2 + call.arity :: 2]):
+            inputs = []
+        groups = inputs, kept, narrow, masks
+        ctx.save_for_backward(*(tensor for group in groups for tensor in group))
+        ctx.sizes = [len(group) for group in groups]
+        ctx.call, ctx.shapes = call, [tensor.shape for tensor in tensors[: call.arity]]
+        return tuple(outs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, xA, A, B, keep = ctx.saved_tensors
-        need_x, need_y, _, need_A, need_B, _, _ = ctx.needs_input_grad
-        scale: float = ctx.scale
-        G = grad.reshape(-1, grad.shape[-1])
-        grad_x = grad_A = grad_B = None
-        if need_B:
-            grad_B = (G.t() @ xA).to(B.dtype).mul_(scale)
-        if need_A or need_x:
-            Q = G @ B.to(G.dtype)
-        if need_A:
-            flat = x.reshape(-1, x.shape[-1])
-            grad_A = (Q.t() @ _dropped(flat, keep)).to(A.dtype).mul_(scale)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        call, saved = ctx.call, iter(ctx.saved_tensors)
+        inputs, kept, narrow, masks = ([next(saved) for _ in range(n)] for n in ctx.sizes)
+        _, need_added, *needs = ctx.needs_input_grad
+        need_x, need_factors = any(needs[: call.arity]), needs[call.arity :]
+        need_A, need_B = any(need_factors[::2]), any(need_factors[1::2])
+        G = [_flat(grad) for grad in grads]
+        of = [(g, update) for g, (_, update) in zip(G, call.of, strict=True) if update]
+        Q = [g @ (update.B * call.scale(update)).to(g.dtype) for g, update in of]
+        x: Tensor | None = None
+        grad_inputs: Sequence[Tensor | None] = [None] * call.arity
         if need_x:
-            grad_x = _grad_of_input(G, Q, ctx.base, A.to(G.dtype), keep, scale).view(ctx.shape)
-        return grad_x, grad if need_y else None, None, grad_A, grad_B, None, None
+            grad_x = _grad_of_x(G, Q, call, masks)
+            x, grad_inputs = call.source.backward(grad_x, *inputs, *kept)
+        elif need_A:
+            x, _ = call.source.forward(*inputs)
+        grad_factors: list[Tensor | None] = [None] * len(need_factors)
+        if need_A and x is not None:
+            grad_factors[::2] = _grad_of_A(Q, x, masks)
+        if need_B:
+            grad_factors[1::2] = [
+                (g.t() @ xA).to(update.B.dtype).mul_(call.scale(update))
+                for (g, update), xA in zip(of, narrow, strict=True)
+            ]
+        shaped = [
+            grad if grad is None else grad.view(shape)
+            for grad, shape in zip(grad_inputs, ctx.shapes, strict=True)
+        ]
+        return None, grads[0] if need_added else None, *shaped, *grad_factors
 
 
-def _dropped(flat: Tensor, keep: Tensor | None) -> Tensor:
-    return flat if keep is None else flat * keep
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
 
 
-def _grad_of_input(
-    G: Tensor, Q: Tensor, base: nn.Module | None, A: Tensor, keep: Tensor | None, scale: float
+def _mask(x: Tensor, dropout: float) -> Tensor:
+    """Draw which entries of x an update sees."""
+    return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout)
+
+
+def _linear(x: Tensor, base: nn.Module, added: Tensor | None) -> Tensor:
+    """Return x Wᵀ + bias, and what it is added to."""
+    bias: Any = base.bias
+    if added is None:
+        return functional.linear(x, dense_weight(base), bias)
+    y = torch.addmm(_flat(added), x, dense_weight(base).t())
+    return y if bias is None else y.add_(bias)
+
+
+def _narrow(x: Tensor, updates: Sequence[LowRank], masks: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return x Aᵀ of each update, (rows, r): views of one product where all see the same x."""
+    if masks:
+        return [
+            (x * mask) @ A.to(x.dtype).t() for (A, _, _), mask in zip(updates, masks, strict=True)
+        ]
+    if not updates:
+        return []
+    return torch.split(x @ _stacked(updates, x.dtype).t(), [len(A) for A, _, _ in updates], dim=1)
+
+
+def _stacked(updates: Sequence[LowRank], dtype: torch.dtype) -> Tensor:
+    """Return all A's as one matrix, (sum of the ranks, inputs)."""
+    return torch.cat([A for A, _, _ in updates]).to(dtype)
+
+
+def _grad_of_x(
+    G: Sequence[Tensor], Q: Sequence[Tensor], call: _Call, masks: Sequence[Tensor]
 ) -> Tensor:
-    """Return G W + s · keep ⊙ (Q A), or the update's part alone where there is no W."""
-    if base is not None and keep is None:
-        return (G @ dense_weight(base)).addmm_(Q, A, alpha=scale)
-    part = (Q @ A).mul_(scale) if keep is None else (Q @ A).mul_(keep).mul_(scale)
-    return part if base is None else part.add_(G @ dense_weight(base))
+    """Return the sum of G W over the bases and of Q A over the updates, (rows, inputs)."""
+    total: Tensor | None = None
+    for left, right in _terms(G, Q, call, masks):
+        total = left @ right if total is None else total.addmm_(left, right)
+    for q, (A, _, _), mask in zip(Q, call.updates, masks, strict=False):
+        part = (q @ A.to(q.dtype)).mul_(mask)
+        total = part if total is None else total.add_(part)
+    if total is None:
+        raise ValueError("a call without a base and without an update")
+    return total
+
+
+def _terms(
+    G: Sequence[Tensor], Q: Sequence[Tensor], call: _Call, masks: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the factors of each product in the gradient of x that no mask comes after."""
+    for g, (base, _) in zip(G, call.of, strict=True):
+        if base is not None:
+            yield g, dense_weight(base)
+    if Q and not masks:
+        yield torch.cat(list(Q), dim=1), _stacked(call.updates, Q[0].dtype)
+
+
+def _grad_of_A(Q: Sequence[Tensor], x: Tensor, masks: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return Qᵀ x of each update, (r, inputs), in fp32."""
+    if masks:
+        return [(q.t() @ (x * mask)) for q, mask in zip(Q, masks, strict=True)]
+    return torch.split(torch.cat(list(Q), dim=1).t() @ x, [q.shape[1] for q in Q])

@@ -196,7 +196,8 @@ def prefixed(layer: PrefixLayer, decoder: PreTrainedModel, named: dict[str, Any]
     rows = len(named["inputs_embeds"] if given is None else given)
     past, positions = named.get("past_key_values"), named.get("position_ids")
     mask = named.get("attention_mask")
-    if sum(count for count, _ in named.pop("documents", None) or ()) > 1:
+    documents = named.pop("documents", None)
+    if documents is not None and documents.in_a_row > 1:
         raise ValueError("documents in one row would share a prefix")
     keeps = named.get("use_cache")
     keeps = decoder.config.use_cache if keeps is None else keeps

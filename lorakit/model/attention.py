@@ -2,8 +2,11 @@
 
 Registered with transformers under our own name, with a mask function that builds no mask: each
 document runs its own causal attention, so time and memory follow the documents and not the row.
-The lengths travel as a keyword argument of the forward pass; without them (generation, foreign
-callers) it is transformers' SDPA attention with its masks.
+How rows fall into documents travels as a keyword argument of the forward pass; without it
+(generation, foreign callers) it is transformers' SDPA attention with its masks.
+
+Where a fused kernel serves, all documents are one autograd node that keeps queries, keys, values,
+the outputs and a number for each query and head; elsewhere SDPA runs them run by run.
 """
 
 from typing import Any
@@ -16,14 +19,16 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from lorakit.model.attention_kernels import (
+    Documents,
+    OnDevice,
+    OnHost,
+    by_document,
+    kernel_for,
+)
 from lorakit.model.families import KNOWN, is_known
 
 NAME = "lorakit_documents"
-
-# Up to here a bf16 matrix product beats the fused kernel of CPUs; in fp32 the fused one wins.
-GROUPED_TOKENS = 512
-
-Documents = tuple[tuple[int, int], ...]
 
 
 def can_pack(model: PreTrainedModel | PretrainedConfig) -> str | None:
@@ -49,25 +54,15 @@ def document_attention(
 ) -> tuple[Tensor, None]:
     """Attend within each document: query (rows, heads, tokens, dim) to (rows, tokens, heads, dim).
 
-    `key` and `value` may have fewer heads. `documents` says how a row is made up: (2, 5), (1, 3)
-    are two documents of 5 tokens and one of 3. `sliding_window` tokens are seen, the own included.
+    `key` and `value` may have fewer heads. `sliding_window` tokens are seen, the own included.
     """
     if documents is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **rest
         )
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    sizes = [count * length for count, length in documents]
-    pieces = zip(*(torch.split(s, sizes, dim=2) for s in (query, key, value)), strict=True)
-    outputs = []
-    for (count, length), piece in zip(documents, pieces, strict=True):
-        q, k, v = (
-            states.unflatten(2, (count, length)).transpose(1, 2).flatten(0, 1) for states in piece
-        )
-        window = sliding_window if sliding_window and sliding_window < length else None
-        out = _causal(q, k, v, scale, dropout, window)
-        outputs.append(out.transpose(1, 2).reshape(len(query), count * length, *out.shape[1::2]))
-    return torch.cat(outputs, dim=1), None
+    q, k, v = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
+    out = attend(q, k, v, documents, scale=scaling, window=sliding_window, dropout=dropout)
+    return out.view(query.shape[0], query.shape[2], *out.shape[1:]), None
 
 
 def document_mask(
@@ -93,73 +88,79 @@ def document_mask(
     )
 
 
-def _causal(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, window: int | None
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    documents: Documents,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
-    """Run causal attention over equally long documents, (documents, heads, tokens, dim)."""
-    length = q.shape[2]
-    short = q.device.type == "cpu" and q.dtype is torch.bfloat16 and length <= GROUPED_TOKENS
-    if short and window is None and dropout == 0.0:
-        return grouped_attention(q, k, v, scale)
-    mask = None
-    if window is not None:
-        whole = torch.ones(length, length, dtype=torch.bool, device=q.device)
-        mask = whole.tril() & whole.triu(1 - window)
-    return F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        dropout_p=dropout,
-        is_causal=mask is None,
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
+    """Run causal attention within documents laid end to end, (tokens, heads, dim).
 
-
-def grouped_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Run causal attention as batched products, all query heads of a key head in one of them.
-
-    The probabilities are computed again in the backward pass, so that memory stays linear.
+    Args:
+        query: of all rows, end to end.
+        key: the same, with as many heads or a divisor of them.
+        value: like key.
+        documents: how the tokens fall into documents.
+        scale: of the products of query and key; None is dim^-½.
+        window: how many tokens are seen, the own included; None is all before.
+        dropout: share of the probabilities that are dropped.
     """
-    out: Tensor = _Grouped.apply(q, k, v, scale)  # type: ignore[no-untyped-call]
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    window = window if window and window < documents.longest else None
+    kernel = kernel_for(query, documents, scale, window)
+    if kernel is None or dropout:
+        return _run_by_run(query, key, value, documents, scale, window, dropout)
+    out: Tensor = _Attention.apply(query, key, value, kernel)  # type: ignore[no-untyped-call]
     return out
 
 
-class _Grouped(torch.autograd.Function):
+class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        documents, heads, length, dim = q.shape
-        groups = documents * k.shape[1]
-        q = q.reshape(groups, -1, dim)
-        k, v = (states.reshape(groups, length, dim) for states in (k, v))
-        out = torch.bmm(_probabilities(q, k, scale), v)
-        ctx.save_for_backward(q, k, v, out)
-        ctx.scale = scale
-        return out.view(documents, heads, length, dim)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, kernel: OnHost | OnDevice) -> Tensor:
+        out, kept = kernel.forward(q, k, v)
+        ctx.save_for_backward(q, k, v, out, *kept)
+        ctx.kernel = kernel
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out = ctx.saved_tensors
-        documents, heads, length, dim = grad.shape
-        grad = grad.reshape(q.shape)
-        p = _probabilities(q, k, ctx.scale)
-        dv = torch.bmm(p.transpose(1, 2), grad)
-        # Softmax: ds = p * (dp - sum(dp * p)), and that sum is grad · out.
-        ds = torch.bmm(grad, v.transpose(1, 2))
-        ds.sub_((grad * out).sum(-1, keepdim=True)).mul_(p)
-        dq = torch.bmm(ds, k).mul_(ctx.scale).view(documents, heads, length, dim)
-        dk = torch.bmm(ds.transpose(1, 2), q).mul_(ctx.scale)
-        return dq, *(d.view(documents, -1, length, dim) for d in (dk, dv)), None
+        return *ctx.kernel.backward(grad.contiguous(), *ctx.saved_tensors), None
 
 
-def _probabilities(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """Return softmax(scale * q k + causal mask): (groups, query heads * tokens, tokens)."""
-    length = k.shape[1]
-    future = torch.full((length, length), float("-inf"), dtype=q.dtype, device=q.device).triu_(1)
-    mask = future.repeat(q.shape[1] // length, 1)
-    return torch.baddbmm(mask.expand(len(q), -1, -1), q, k.transpose(1, 2), alpha=scale).softmax(-1)
+def _run_by_run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    documents: Documents,
+    scale: float,
+    window: int | None,
+    dropout: float,
+) -> Tensor:
+    """Run SDPA over one run of equally long documents after the other."""
+    outs = []
+    for at, count, length in documents.within(len(query)):
+        q, k, v = (by_document(states[at], count, length) for states in (query, key, value))
+        mask = None
+        if window and window < length:
+            whole = torch.ones(length, length, dtype=torch.bool, device=q.device)
+            mask = whole.tril() & whole.triu(1 - window)
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        outs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outs)
 
 
 AttentionInterface.register(NAME, document_attention)

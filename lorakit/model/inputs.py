@@ -1,6 +1,5 @@
 """What a model is called with: the one place that turns a batch into keyword arguments."""
 
-from itertools import groupby
 from typing import Any, Protocol
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lorakit.model import attention
+from lorakit.model.attention_kernels import Documents
 
 MASKED = -100
 
@@ -46,9 +46,8 @@ def forward_inputs(model: PreTrainedModel, batch: Tokens) -> dict[str, Any]:
             raise ValueError(f"a packed batch for a model that cannot pack: {reason}")
         inputs["position_ids"] = batch.position_ids.to(model.device)
     if model.config._attn_implementation == attention.NAME:
-        inputs["documents"] = tuple(
-            (sum(1 for _ in run), length) for length, run in groupby(lengths)
-        )
+        rows = len(batch.input_ids)
+        inputs["documents"] = Documents.of(lengths, rows, model.device)
     return inputs
 
 

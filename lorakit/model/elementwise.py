@@ -1,0 +1,138 @@
+"""What happens between the matrix products of a block, with its backward, as plain functions.
+
+A `Source` says what a product reads: its inputs are kept, and what it makes of them is made again
+in the backward pass instead of being kept. Each function is a few operations on tensors in
+memory; `fuse_kernels` lets torch.compile make one kernel of each, from the same text.
+"""
+
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_fuses = False
+
+
+def fuse_kernels(on: bool) -> None:
+    """Let torch.compile make one kernel of each function here, or run them as they stand."""
+    global _fuses
+    _fuses = on
+
+
+def _fusable(function: Callable[P, R]) -> Callable[P, R]:
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        chosen: Callable[P, R] = _compiled(function) if _fuses else function
+        return chosen(*args, **kwargs)
+
+    return call
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True, fullgraph=True)
+
+
+@_fusable
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return n = w ⊙ c x and c = (mean x² + eps)^-½: (rows, dim) to (rows, dim), (rows, 1).
+
+    In fp32 or wider, rounded before the weight is applied, as transformers does it.
+    Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", arXiv 1910.07467.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * (wide * scale).to(x.dtype), scale
+
+
+@_fusable
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the normed x again, and the gradient c (w ⊙ g) - c³ x mean(x ⊙ w ⊙ g)."""
+    wide = x.to(scale.dtype)
+    normed = wide * scale
+    weighted = grad.to(scale.dtype) * weight
+    shared = (weighted * normed).mean(-1, keepdim=True)
+    return weight * normed.to(x.dtype), ((weighted - normed * shared) * scale).to(x.dtype)
+
+
+@_fusable
+def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
+    """Return silu(gate) ⊙ up, the hidden state of SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+    return F.silu(gate) * up
+
+
+@_fusable
+def silu_gate_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the hidden state again, and the gradients of gate and up."""
+    sigmoid = torch.sigmoid(gate)
+    silu = gate * sigmoid
+    return silu * up, grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu
+
+
+@_fusable
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs of dimensions by angles: x (tokens, heads, dim), cos and sin (tokens, dim).
+
+    Su et al. 2021, "RoFormer", arXiv 2104.09864, in the layout of halves that Llama uses.
+    With -sin it is its own inverse and its own backward.
+    """
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return x * cos[:, None] + turned * sin[:, None]
+
+
+class Itself(NamedTuple):
+    """The input as it is."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return x."""
+        return x, ()
+
+    def backward(
+        self, grad: Tensor, x: Tensor | None = None
+    ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+        """Return x, if it was kept, and its gradient."""
+        return x, (grad,)
+
+
+class Normed(NamedTuple):
+    """The input after an RMSNorm whose weight is frozen."""
+
+    weight: Tensor
+    eps: float
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the normed x; keep one number a row."""
+        normed, scale = rms_norm(x, self.weight, self.eps)
+        return normed, (scale,)
+
+    def backward(self, grad: Tensor, x: Tensor, scale: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the normed x and the gradient of x."""
+        normed, grad_x = rms_norm_backward(grad, x, self.weight, scale)
+        return normed, (grad_x,)
+
+
+class Gated(NamedTuple):
+    """silu(gate) ⊙ up of two inputs."""
+
+    def forward(self, gate: Tensor, up: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the hidden state; nothing but gate and up is kept."""
+        return silu_gate(gate, up), ()
+
+    def backward(self, grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the hidden state and the gradients of gate and up."""
+        hidden, grad_gate, grad_up = silu_gate_backward(grad, gate, up)
+        return hidden, (grad_gate, grad_up)
+
+
+# forward(*inputs) returns what is read, (rows, dim), and what to keep besides the inputs;
+# backward(grad, *inputs, *kept) returns what was read, again, and the gradients of the inputs.
+Source = Itself | Normed | Gated
