@@ -151,8 +151,8 @@ class Notice:
 
     ids: ClassVar[frozenset[str]] = frozenset(
         """
-        checkpoint.skipped security.remote-code security.local-code data.dropped data.cut
-        data.eos-untrained data.extra-fields data.overlap data.special-tokens
+        checkpoint.skipped checkpoint.inexact security.remote-code security.local-code
+        data.dropped data.cut data.eos-untrained data.extra-fields data.overlap data.special-tokens
         adapter.base-unknown adapter.no-passport adapter.unknown-setting
         recipe.unusual-value
         target.uneven run.packing-off model.unused-tensors

@@ -10,9 +10,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from types import FrameType
+from typing import Any, Self
 
 from lorakit import environment
 from lorakit.errors import Interrupted, RunFailed
@@ -112,27 +113,69 @@ def _stop(running: list[subprocess.Popen[bytes]]) -> None:
             other.kill()
 
 
-class Stop:
-    """A flag that the first SIGTERM, SIGINT or SIGUSR1 sets; a second one ends the process.
+class Signalled(KeyboardInterrupt):
+    """One of `SIGNALS` came where no step had to be finished first."""
 
-    The handler does nothing else, so that it is safe wherever the signal arrives. Long work
-    polls `requested`.
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.signal = signal.Signals(number)
+
+
+@contextmanager
+def raising_on_signals() -> Iterator[None]:
+    """Raise `Signalled` in the block on the first of `SIGNALS`; a second one ends the process.
+
+    So what was begun is cleaned up wherever the signal arrives: loading, tokenising, merging.
     """
 
-    def __init__(self) -> None:
+    def receive(number: int, _: FrameType | None) -> None:
+        for other in SIGNALS:
+            signal.signal(other, signal.SIG_DFL)
+        raise Signalled(number)
+
+    before = {number: signal.signal(number, receive) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Stop:
+    """A flag that, in a `with` block, the first of `SIGNALS` sets; a second one ends the process.
+
+    The handler does nothing else, so that it is safe wherever the signal arrives. Steps and
+    evaluations poll `requested`.
+
+    Args:
+        grace: seconds from the signal to the end of the process, where they are limited.
+    """
+
+    def __init__(self, grace: float | None = None) -> None:
         self.signal: signal.Signals | None = None
-        self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        self.grace = grace
+        self._received = 0.0
+        self._before: dict[signal.Signals, Any] = {}
 
     @property
     def requested(self) -> bool:
         return self.signal is not None
 
-    def release(self) -> None:
-        """Put back the handlers that were there before."""
+    def comes_before(self, seconds: float) -> bool:
+        """Tell whether the process must end before so many seconds of work are done."""
+        if self.signal is None or self.grace is None:
+            return False
+        return time.monotonic() + seconds > self._received + self.grace
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         if self.signal is not None:
             end_by(signal.Signals(number))
-        self.signal = signal.Signals(number)
+        self.signal, self._received = signal.Signals(number), time.monotonic()

@@ -49,11 +49,7 @@ class Runtime:
             try:
                 torch.distributed.all_reduce(tensor)
             except RuntimeError as error:
-                raise RunFailed(
-                    "run.worker-died",
-                    f"process {self.process} of {self.processes} lost another one",
-                    help="the last checkpoint is intact: run the same command with --resume",
-                ) from error
+                raise lost_another(self.process, self.processes, error) from error
         return tensor
 
     def wait(self) -> None:
@@ -116,10 +112,24 @@ def start() -> Runtime:
         torch.cuda.set_device(device)
     if processes > 1 and not torch.distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(
-            backend, rank=process, world_size=processes, timeout=PATIENCE
-        )
+        try:
+            torch.distributed.init_process_group(
+                backend, rank=process, world_size=processes, timeout=PATIENCE
+            )
+        except RuntimeError as error:
+            raise lost_another(process, processes, error) from error
     return Runtime(device, process, processes)
+
+
+def lost_another(process: int, processes: int, error: RuntimeError) -> RunFailed:
+    """Return the error of a process that waited for another in vain."""
+    hangs = "timed out" in str(error).lower() or "timeout" in str(error).lower()
+    what = f"waited {PATIENCE} for another one, which hangs" if hangs else "lost another one"
+    return RunFailed(
+        "run.worker-died",
+        f"process {process} of {processes} {what}",
+        help="the last checkpoint is intact: run the same command with --resume",
+    )
 
 
 def best_dtype(device: torch.device) -> torch.dtype:

@@ -3,21 +3,24 @@
 import json
 import shlex
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lorakit import adapters, environment
 from lorakit.cli.screen import Screen
+from lorakit.errors import Interrupted
 from lorakit.export.card import write_card
 from lorakit.export.merge import Options, check_output, merge, planned, verdict
-from lorakit.processes import Stop
+from lorakit.processes import Signalled, Stop
 from lorakit.recipe.dump import dump
 from lorakit.recipe.sections import Recipe
 from lorakit.runtime import Runtime, start
 from lorakit.storage.redact import redact
 from lorakit.training import folder as folders
 from lorakit.training import passports
+from lorakit.training.checkpoint import check_space
 from lorakit.training.folder import Mode, RunFolder
 from lorakit.training.loop import train as train_plan
 from lorakit.training.plan import Permissions, Plan, make
@@ -34,10 +37,42 @@ class Finished:
 
 
 def run(
-    screen: Screen, recipe: Recipe, permissions: Permissions, mode: Mode, *, allow_inexact: bool
+    screen: Screen,
+    recipe: Recipe,
+    permissions: Permissions,
+    mode: Mode,
+    *,
+    allow_inexact: bool,
+    grace: float | None,
 ) -> Finished | None:
-    """Plan, train and merge; return the result in the main process, None in the others."""
+    """Plan, train and merge; return the result in the main process, None in the others.
+
+    Raises:
+        Interrupted: when a signal came and there is a checkpoint to go on from.
+    """
     runtime = start()
+    path = recipe.run_folder
+    goes_on = mode in ("resume", "resume-or-start")
+    try:
+        with folders.interruptible(path) if goes_on else nullcontext():
+            plan = planned_run(screen, recipe, permissions, mode, runtime)
+        pinned = passports.pinned(plan, runtime)
+        with folders.opened(path, mode, runtime, pinned, allow_inexact=allow_inexact) as folder:
+            return carried_out(screen, plan, runtime, folder, Stop(grace))
+    except Interrupted as error:
+        error.help = f"go on with: {_command_to_resume(runtime)}"
+        raise
+
+
+def planned_run(
+    screen: Screen, recipe: Recipe, permissions: Permissions, mode: Mode, runtime: Runtime
+) -> Plan:
+    """Make and show the plan, once it is known that its folder is free and its disk large enough.
+
+    Raises:
+        BadInput: when the run's folder, or the merge's, holds something else.
+        RunFailed: `storage.full`, or `run.locked`.
+    """
     path = recipe.run_folder
     if runtime.is_main:
         # Alone: another process might look when this one has already opened the folder.
@@ -51,30 +86,43 @@ def run(
         screen.notice(*plan.notices)
     for label, text in plan.lines():
         screen.say(f"{label:9} {text}")
-    # From here on there is something to save, so signals no longer end the process at once.
-    stop = Stop()
-    pinned = passports.pinned(plan, runtime)
-    with folders.opened(path, mode, runtime, pinned, allow_inexact=allow_inexact) as folder:
-        plan = as_begun(plan, folder)
-        record(plan, runtime, folder)
-        if runtime.is_main:
-            screen.notice(*folder.notices)
-            screen.log_to(path / "log.txt")
-        reporter = Reporter(
-            plan.steps.total,
-            recipe.train.log_every,
-            say=screen.say,
-            console=screen.err if screen.live else None,
-            metrics=folder.metrics if runtime.is_main else None,
-        )
-        outcome = train_plan(plan, runtime, folder, reporter, stop)
-        stop.release()
-        if not runtime.is_main:
-            return None
-        folder.note(**asdict(outcome))
-        write_card(folder.adapter)
-        merged = merge_run(screen, plan, folder, runtime) if recipe.merge.enabled else None
-        return finished(plan, folder, outcome, merged)
+    if runtime.is_main:
+        check_space(path / "checkpoints", plan.trainable, recipe.train.keep_checkpoints)
+    return plan
+
+
+def carried_out(
+    screen: Screen, plan: Plan, runtime: Runtime, folder: RunFolder, stop: Stop
+) -> Finished | None:
+    """Train and merge in a folder that is open."""
+    recipe, plan = plan.recipe, as_begun(plan, folder)
+    record(plan, runtime, folder)
+    if runtime.is_main:
+        screen.notice(*folder.notices)
+        screen.log_to(folder.path / "log.txt")
+    reporter = Reporter(
+        plan.steps.total,
+        recipe.train.log_every,
+        say=screen.say,
+        console=screen.err if screen.live else None,
+        metrics=folder.metrics if runtime.is_main else None,
+    )
+    outcome = train_plan(plan, runtime, folder, reporter, stop)
+    if not runtime.is_main:
+        return None
+    folder.note(**asdict(outcome))
+    write_card(folder.adapter)
+    if recipe.merge.enabled and stop.signal:  # it came in the last step, after which nothing stops
+        raise Signalled(stop.signal)
+    merged = merge_run(screen, plan, folder, runtime) if recipe.merge.enabled else None
+    return finished(plan, folder, outcome, merged)
+
+
+def _command_to_resume(runtime: Runtime) -> str:
+    modes = ("--resume", "--resume-or-start", "--overwrite")
+    words = [word for word in sys.argv[1:] if word not in modes]
+    several = ["--nproc", str(runtime.processes)] if runtime.processes > 1 else []
+    return shlex.join(["lorakit", *words, *several, "--resume"])
 
 
 def merge_run(screen: Screen, plan: Plan, folder: RunFolder, runtime: Runtime) -> Path:

@@ -7,7 +7,6 @@ command function, hands it a `Screen` as first argument and turns errors into on
 import inspect
 import json
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -29,7 +28,7 @@ from lorakit.errors import (
     Notice,
     RecipeError,
 )
-from lorakit.processes import end_by
+from lorakit.processes import Signalled, end_by, raising_on_signals
 from lorakit.storage.disk import append_line
 from lorakit.storage.redact import redact
 
@@ -263,16 +262,17 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         )
         environment.quiet_libraries(offline=screen.offline)
         try:
-            function(screen, **arguments)
+            with raising_on_signals():
+                function(screen, **arguments)
         except LorakitError as error:
             screen.trace(error)
             screen.fail(error)
             raise typer.Exit(error.exit_code) from None
         except (typer.Exit, typer.Abort):
             raise
-        except KeyboardInterrupt:
+        except Signalled as error:
             # What was begun is cleaned up; the parent sees the signal, as of any program.
-            end_by(signal.SIGINT)
+            end_by(error.signal)
         except BrokenPipeError:
             # The reader of stdout has gone; nobody is left to tell.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -45,6 +45,14 @@ def train(
     max_steps: Annotated[
         int | None, typer.Option(min=1, help="Stop after this many steps.")
     ] = None,
+    grace: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="SECONDS",
+            help="After a signal drop a step that would take longer; else it is finished.",
+        ),
+    ] = None,
     nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
     allow_local_code: AllowLocalCode = False,
     allow_remote_code: AllowRemoteCode = False,
@@ -71,7 +79,12 @@ def train(
     loaded = read_recipe(recipe, overrides)
     permissions = Permissions(screen.offline, allow_local_code, allow_remote_code)
     result = run(
-        screen, loaded, permissions, modes[0] if modes else "start", allow_inexact=allow_inexact
+        screen,
+        loaded,
+        permissions,
+        modes[0] if modes else "start",
+        allow_inexact=allow_inexact,
+        grace=grace,
     )
     if result is not None:
         screen.result(result.text, result.facts)

@@ -159,6 +159,7 @@ def _settings(passport: Mapping[str, Any]) -> list[tuple[str, str]]:
         **{key: train[key] for key in TRAINING if key in train},
         "steps": passport.get("steps"),
         "trained tokens": passport.get("trained_tokens"),
+        "resumed inexactly": passport.get("resumed_inexactly"),
         "dtype": passport.get("dtype"),
         "seed": passport.get("seed"),
         **passport.get("versions", {}),

@@ -9,18 +9,21 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from signal import Signals
 from typing import Any, get_origin, get_type_hints
 
 import torch
 
-from lorakit.errors import BadInput, EnvironmentLacks, Notice, Place, RunFailed
+from lorakit.errors import BadInput, EnvironmentLacks, Interrupted, Notice, Place, RunFailed
 from lorakit.storage import strict_json
+from lorakit.storage.disk import require_space
 from lorakit.storage.manifest import check_manifest, write_manifest
 from lorakit.storage.publish import publish_folder, remove_folder, set_aside
 from lorakit.storage.tensors import TensorFile, write_tensors
 
 NAME = re.compile(r"step-(\d{6,})")
 SCHEMA = 1
+BYTES_PER_VALUE = 12  # of what is trained: itself and two moments of AdamW, each in fp32
 NOT_FINITE = "lower train.learning_rate, or set model.dtype to bf16 or fp32"
 
 
@@ -28,6 +31,7 @@ NOT_FINITE = "lower train.learning_rate, or set model.dtype to bf16 or fp32"
 class State:
     """Where a run is: steps done, tokens seen, and the best evaluation so far.
 
+    `inexact`: what was not as it had been when the run went on.
     `owes_evaluation`: a signal came before the evaluation of this step had ended.
     """
 
@@ -38,6 +42,7 @@ class State:
     loss: float | None = None
     best_loss: float | None = None
     best_step: int | None = None
+    inexact: list[str] = field(default_factory=list)
     owes_evaluation: bool = False
     loss_scale: float = 1.0
     method: dict[str, Any] = field(default_factory=dict)
@@ -78,16 +83,35 @@ def save(
         if not tensor.isfinite().all():
             message = f"the optimizer's {name} after step {state.step}: no checkpoint is written"
             raise RunFailed("run.not-finite", message, where=str(checkpoints), help=NOT_FINITE)
-    target = checkpoints / f"step-{state.step:06d}"
-    with publish_folder(target, replace=True, needed=_size(checkpoints, optimizer)) as folder:
-        save_adapter(folder / "adapter")
-        write_tensors(folder / "optimizer.safetensors", optimizer, {"format": "pt"})
-        written = {"schema": SCHEMA, "state": asdict(state), "pinned": dict(pinned)}
-        (folder / "state.json").write_text(strict_json.dumps(written), encoding="utf-8")
-        write_manifest(folder)
+    target = checkpoints / step_name(state.step)
+    try:
+        with publish_folder(target, replace=True, needed=_size(checkpoints, optimizer)) as folder:
+            save_adapter(folder / "adapter")
+            write_tensors(folder / "optimizer.safetensors", optimizer, {"format": "pt"})
+            written = {"schema": SCHEMA, "state": asdict(state), "pinned": dict(pinned)}
+            (folder / "state.json").write_text(strict_json.dumps(written), encoding="utf-8")
+            write_manifest(folder)
+    except RunFailed as error:
+        if last := [step for step in _steps(checkpoints) if step < state.step][-1:]:
+            error.help = f"step {last[0]} is saved, go on from there with --resume; {error.help}"
+        raise
     if reason := check_manifest(target):
         raise RunFailed("checkpoint.damaged", f"just written, but {reason}", where=str(target))
     return target
+
+
+def check_space(checkpoints: Path, trainable: int, keep: int) -> None:
+    """Check that the checkpoints of a run will fit: those it keeps, and one more while it saves.
+
+    Raises:
+        RunFailed: `storage.full`, with the bytes needed and available.
+    """
+    missing = max(1, keep + 1 - len(_steps(checkpoints)))
+    try:
+        require_space(checkpoints, missing * trainable * BYTES_PER_VALUE)
+    except RunFailed as error:
+        error.help = "lower train.keep_checkpoints, or move output_dir to another disk"
+        raise
 
 
 def prune(checkpoints: Path, keep: int, best: int | None) -> None:
@@ -95,7 +119,7 @@ def prune(checkpoints: Path, keep: int, best: int | None) -> None:
     steps = _steps(checkpoints)
     for step in steps[:-keep]:
         if step != best:
-            remove_folder(checkpoints / f"step-{step:06d}")
+            remove_folder(checkpoints / step_name(step))
 
 
 def newest(checkpoints: Path) -> tuple[Checkpoint | None, list[Notice]]:
@@ -106,7 +130,7 @@ def newest(checkpoints: Path) -> tuple[Checkpoint | None, list[Notice]]:
     """
     skipped = []
     for step in reversed(_steps(checkpoints)):
-        folder = checkpoints / f"step-{step:06d}"
+        folder = checkpoints / step_name(step)
         if reason := _damage(folder):
             skipped.append((step, reason))
             continue
@@ -143,7 +167,7 @@ def set_damaged_aside(checkpoints: Path, good: int) -> None:
     """
     for step in _steps(checkpoints):
         if step > good:
-            set_aside(checkpoints / f"step-{step:06d}", f".bad-step-{step:06d}")
+            set_aside(checkpoints / step_name(step), f".bad-{step_name(step)}")
 
 
 def check_unchanged(
@@ -161,16 +185,34 @@ def check_unchanged(
         if checkpoint.pinned.get(name) != pinned.get(name)
     }
     if differs and not allow_inexact:
-        changes = "; ".join(
-            f"{name} was {old!r} and is {new!r}" for name, (old, new) in differs.items()
-        )
         raise BadInput(
             "checkpoint.changed",
-            f"the run would not go on as it began: {changes}",
+            f"the run would not go on as it began: {'; '.join(in_words(differs))}",
             where=str(checkpoint.folder),
             help="put it back as it was, or go on with --allow-inexact",
         )
     return differs
+
+
+def in_words(differs: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    """Say what is not as it was."""
+    return [f"{name} was {old!r} and is {new!r}" for name, (old, new) in differs.items()]
+
+
+def interrupted(signal: Signals | None, checkpoints: Path, step: int) -> Interrupted:
+    """Return the error of a run that was stopped and whose checkpoint of a step is written."""
+    return Interrupted(
+        "run.interrupted",
+        f"stopped by {signal.name if signal else 'a signal'} after step {step}; "
+        "its checkpoint is written",
+        where=str(checkpoints),
+        help="run the same command with --resume",
+    )
+
+
+def step_name(step: int) -> str:
+    """Return the name of a step's folder."""
+    return f"step-{step:06d}"
 
 
 def _steps(checkpoints: Path) -> list[int]:
@@ -193,7 +235,7 @@ def _damage(folder: Path) -> str | None:
 def _size(checkpoints: Path, optimizer: Mapping[str, torch.Tensor]) -> int:
     """Return the bytes that a checkpoint takes: as many as the last one, else what is known."""
     for step in _steps(checkpoints)[-1:]:
-        files = (checkpoints / f"step-{step:06d}").rglob("*")
+        files = (checkpoints / step_name(step)).rglob("*")
         return sum(path.stat().st_size for path in files)
     # Two moments of AdamW, and the adapter of the same size.
     return sum(tensor.nbytes for tensor in optimizer.values()) * 3 // 2
@@ -220,7 +262,9 @@ def _open(folder: Path) -> Checkpoint:
             help="finish the run with that version",
         )
     for key, kind in known.items():
-        if not isinstance(state[key], dict if get_origin(kind) is dict else kind):
+        if not isinstance(
+            state[key], get_origin(kind) if get_origin(kind) in (dict, list) else kind
+        ):
             raise _not_ours(folder, f"state.{key} is {state[key]!r}")
     return Checkpoint(folder, State(**state), pinned)
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from lorakit.environment import all_variables
 from lorakit.errors import BadInput, LorakitError, Notice, Place
+from lorakit.processes import Signalled
 from lorakit.runtime import Runtime
 from lorakit.storage import strict_json
 from lorakit.storage.disk import storage_errors
@@ -50,6 +51,11 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def changes(self) -> list[str]:
+        """What is not as it was when the run began, in words."""
+        return checkpoint.in_words(self.changed)
 
     def note(self, **facts: Any) -> None:
         """Add facts to `run.json`."""
@@ -104,14 +110,15 @@ def opened(
         # It does not ask whether the folder is free: the main process may already have opened it.
         folder = _found(path, mode, runtime, pinned, allow_inexact=allow_inexact)
         runtime.wait()
-        yield folder
+        with interruptible(path):
+            yield folder
         return
     check_free(path, mode)
     with locked(path):
-        _check_contents(path, mode)  # again: another run may have come and gone before the lock
         for place in (path, path / "checkpoints"):
             if place.is_dir():
                 sweep(place)
+        _check_contents(path, mode)  # again: another run may have come and gone before the lock
         folder = _found(path, mode, runtime, pinned, allow_inexact=allow_inexact)
         if mode in ("start", "overwrite"):
             # What makes it a run goes last: after a kill the rest can still be overwritten.
@@ -121,7 +128,8 @@ def opened(
         folder.begin()
         runtime.wait()
         try:
-            yield folder
+            with interruptible(path):
+                yield folder
         except BaseException as error:
             stopped = isinstance(error, LorakitError) and error.exit_code == 75
             reason = redact(str(error), all_variables())
@@ -129,6 +137,28 @@ def opened(
                 folder.note(status="interrupted" if stopped else "failed", ended_by=reason)
             raise
         folder.note(status="finished")
+
+
+@contextmanager
+def interruptible(path: Path) -> Iterator[None]:
+    """Tell of a signal that the run can be gone on with, where it can.
+
+    What the block was at is dropped: to load, to evaluate and to merge is still to come after the
+    newest checkpoint.
+
+    Raises:
+        Interrupted: in place of `Signalled`, when there is a good checkpoint.
+    """
+    try:
+        yield
+    except Signalled as ended:
+        found = None
+        with suppress(LorakitError):
+            found, _ = checkpoint.newest(path / "checkpoints")
+        if found is None:
+            raise
+        step = found.state.step
+        raise checkpoint.interrupted(ended.signal, path / "checkpoints", step) from None
 
 
 def _found(
@@ -145,7 +175,11 @@ def _found(
         return fresh
     changed = checkpoint.check_unchanged(found, pinned, allow_inexact=allow_inexact)
     facts = strict_json.read_object(path / RUN, "checkpoint")
-    return replace(fresh, facts=facts, resume=found, changed=changed, notices=tuple(notices))
+    folder = replace(fresh, facts=facts, resume=found, changed=changed)
+    if changed:
+        message = f"the run does not go on as it began: {'; '.join(folder.changes)}"
+        notices.append(Notice("checkpoint.inexact", message, Place(str(found.folder))))
+    return replace(folder, notices=tuple(notices))
 
 
 def supersede(metrics: Path, step: int) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from lorakit import adapters
 from lorakit.data.batches import eval_batches
-from lorakit.errors import Interrupted, RunFailed
+from lorakit.errors import RunFailed
 from lorakit.model.loss import token_loss
 from lorakit.processes import Stop
 from lorakit.recipe.sections import Skip
@@ -22,6 +22,7 @@ from lorakit.runtime import Runtime
 from lorakit.scoring import put, score
 from lorakit.storage.publish import publish_folder
 from lorakit.training import optim
+from lorakit.training.checkpoint import interrupted
 from lorakit.training.folder import RunFolder
 from lorakit.training.memory import memory_errors
 from lorakit.training.plan import Plan
@@ -41,7 +42,8 @@ def train(
     """
     with memory_errors(plan.memory, plan.steps.micro_batch_tokens):
         run = prepare(plan, runtime, folder, reporter, stop)
-        carry_out(run)
+        with stop:
+            carry_out(run)
     if runtime.is_main:
         with publish_folder(folder.adapter, replace=True) as path:
             save_adapter(run, path)
@@ -57,7 +59,8 @@ def carry_out(run: Run) -> None:
         if run.state.owes_evaluation:
             conclude(run, saves=True, stopping=False)
         for index in range(run.state.step, steps.total):
-            step(run, index)
+            if not step(run, index):
+                conclude(run, saves=False, stopping=True)
             done, last = index + 1, index + 1 == steps.total
             evaluates = last or due(done, settings.eval_every, steps.per_epoch)
             run.state.owes_evaluation = evaluates and bool(plan.dataset.eval)
@@ -82,24 +85,28 @@ def conclude(run: Run, *, saves: bool, stopping: bool) -> None:
     if saves or best or stopping:
         save(run)
     if stopping and (state.owes_evaluation or state.step < run.plan.steps.total):
-        raise Interrupted(
-            "run.interrupted",
-            f"stopped by {stop.signal.name if stop.signal else 'a signal'} after step "
-            f"{state.step}; its checkpoint is written",
-            where=str(run.folder.checkpoints),
-            help="run the same command with --resume",
-        )
+        raise interrupted(stop.signal, run.folder.checkpoints, state.step)
 
 
-def step(run: Run, index: int) -> None:
-    """Take optimizer step `index`; its numbers stay on the device, in `run.pending`."""
+def step(run: Run, index: int) -> bool:
+    """Take optimizer step `index`; its numbers stay on the device, in `run.pending`.
+
+    Returns:
+        Whether it was taken: a step that cannot end before the process must is dropped. Where
+        there are several processes each would have to drop it, so none does.
+    """
     plan, gradients, settings = run.plan, run.gradients, run.plan.recipe.train
     run.runtime.seed_step(plan.recipe.seed, index)
     rate = optim.set_rate(run.optimizer, optim.factor(settings, index, plan.steps.total))
     tokens, trained = plan.steps.tokens_of(index)
     batches = plan.steps.step(index)  # none, where there are more processes than rows
     watch = gradients.watch() if index == 0 and batches else None
-    for batch in batches:
+    began, alone = time.monotonic(), run.runtime.processes == 1
+    for number, batch in enumerate(batches):
+        left = (len(batches) - number) * (time.monotonic() - began) / max(1, number)
+        if alone and run.stop.comes_before(left):
+            gradients.zero()
+            return False
         loss = token_loss(run.model, put(batch, run.runtime.device)) / trained
         torch.autograd.backward(loss * run.scale)
         gradients.loss += loss.detach() * run.scale
@@ -123,6 +130,7 @@ def step(run: Run, index: int) -> None:
     run.state.tokens += tokens
     run.state.trained_tokens += trained
     run.pending.append(Pending(index, rate, run.state.tokens, run.state.trained_tokens, numbers))
+    return True
 
 
 def settle(run: Run, keep: int) -> bool:
@@ -172,13 +180,37 @@ def skip(run: Run, index: int, loss: float, norm: float) -> None:
     if overflowed or (isinstance(allowed, Skip) and run.state.skipped <= allowed.skip):
         run.reporter.skipped(index + 1, loss, norm)
         return
-    places = [str(place) for place in run.plan.steps.places(index)]
+    what, places = culprit(run, index)
     raise RunFailed(
         "run.not-finite",
-        f"step {index + 1}: loss {loss:g}, gradient norm {norm:g}; the adapter was not changed",
+        f"step {index + 1}: loss {loss:g}, gradient norm {norm:g}{what}; this step changed nothing",
         where=f"rows {', '.join(places[:4])}{' …' if len(places) > 4 else ''}",
         help="lower train.learning_rate, look at these rows, or set train.on_non_finite: {skip: 3}",
     )
+
+
+def culprit(run: Run, index: int) -> tuple[str, list[str]]:
+    """Find the first tensor of a step that is not finite, and the rows it comes from.
+
+    The step is taken again, one micro-batch after the other; nothing is looked at before.
+    """
+    plan, gradients = run.plan, run.gradients
+    everywhere = [str(place) for place in plan.steps.places(index)]
+    for name, parameter in run.named.items():
+        if not parameter.isfinite().all():
+            return f", the adapter's {name} is not finite since an earlier step", everywhere
+    run.runtime.seed_step(plan.recipe.seed, index)
+    for batch in plan.steps.step(index):
+        places = [str(plan.dataset.train[row].place) for row in batch.rows]
+        gradients.zero()
+        loss = token_loss(run.model, put(batch, run.runtime.device)) / batch.trained_tokens
+        if not loss.isfinite():
+            return ", the loss of these rows is not finite", places
+        torch.autograd.backward(loss)
+        for name, parameter in run.named.items():
+            if parameter.grad is not None and not parameter.grad.isfinite().all():
+                return f", the gradient of {name} is not finite", places
+    return "", everywhere
 
 
 def evaluate(run: Run) -> bool:

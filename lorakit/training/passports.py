@@ -46,6 +46,7 @@ def of_run(plan: Plan, state: State) -> dict[str, Any]:
         "versions": versions(),
         "steps": state.step,
         "trained_tokens": state.trained_tokens,
+        "resumed_inexactly": state.inexact,
         "metrics": {
             "loss": state.loss,
             "best_eval_loss": state.best_loss,

@@ -99,6 +99,7 @@ def prepare(plan: Plan, runtime: Runtime, folder: RunFolder, reporter: Reporter,
     )
     if resume:
         run.state, run.first_token = resume.state, resume.state.tokens
+        run.state.inexact += folder.changes
         run.scale.fill_(resume.state.loss_scale)
         method.load_state(resume.state.method)
         optim.load_state_tensors(optimizer, named, resume.optimizer_tensors())

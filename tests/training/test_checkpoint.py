@@ -107,7 +107,7 @@ def test_a_forged_state_is_damage(tmp_path: Path, written: str) -> None:
 def test_each_value_of_a_state_has_its_type(tmp_path: Path, key: str) -> None:
     folder = write(tmp_path, 1)
     content = json.loads((folder / "state.json").read_text())
-    content["state"][key] = ["other"]
+    content["state"][key] = "other"
     forge(folder, json.dumps(content))
     with pytest.raises(RunFailed, match=rf"state\.{key}") as caught:
         checkpoint.newest(tmp_path)

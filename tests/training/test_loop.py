@@ -63,21 +63,14 @@ class Watcher(Reporter):
             self.stop.signal = signal.SIGTERM
 
 
-@contextmanager
-def stopping() -> Iterator[Stop]:
-    stop = Stop()
-    try:
-        yield stop
-    finally:
-        stop.release()
-
-
 def carry_out(
     folder: Path,
     out: Path,
     mode: Mode = "start",
     *,
     stop_after: int | None = None,
+    grace: float | None = None,
+    allow_inexact: bool = False,
     **train: Any,
 ) -> tuple[Outcome, list[StepRecord], dict[str, torch.Tensor]]:
     """Run a recipe over the tiny model; return the outcome, the records and the saved adapter."""
@@ -100,7 +93,8 @@ def carry_out(
     recipe = read(str(recipe_file), adapters.settings_for, [], environ={})
     plan = make(recipe, ALONE, Permissions(offline=True))
     pinned = passports.pinned(plan, ALONE)
-    with stopping() as stop, folders.opened(out, mode, ALONE, pinned) as opened:
+    stop = Stop(grace)
+    with folders.opened(out, mode, ALONE, pinned, allow_inexact=allow_inexact) as opened:
         watcher = Watcher(plan.steps.total, opened.metrics, stop, stop_after)
         outcome = loop.train(plan, ALONE, opened, watcher, stop)
     return outcome, watcher.records, load_file(out / "adapter" / "adapter_model.safetensors")
@@ -246,6 +240,101 @@ def test_a_step_that_is_not_finite_stops_the_run_and_leaves_no_trace(
     _, _, whole = carry_out(folder, tmp_path / "whole", save_every=1)
     _, _, resumed = carry_out(folder, tmp_path / "run", "resume", save_every=1)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_the_rows_and_the_tensor_that_are_not_finite_are_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    real, spoilt = loop.token_loss, 7
+
+    def token_loss(model: Any, batch: Any) -> torch.Tensor:
+        loss = real(model, batch)
+        if spoilt in batch.rows and where == "gradient":
+            loss.register_hook(lambda gradient: gradient * float("nan"))
+        return loss * float("nan") if spoilt in batch.rows and where == "loss" else loss
+
+    monkeypatch.setattr(loop, "token_loss", token_loss)
+    with pytest.raises(RunFailed) as caught:
+        carry_out(folder, tmp_path / "run", micro_batch_size=1)
+    assert caught.value.id == "run.not-finite"
+    recipe = read(str(tmp_path / "run.yaml"), adapters.settings_for, [], environ={})
+    plan = make(recipe, ALONE, Permissions(offline=True))
+    assert str(caught.value.where) == f"rows {plan.dataset.train[spoilt].place}"
+    what = "the loss of these rows" if where == "loss" else "the gradient of model.layers.0"
+    assert what in caught.value.message
+
+
+def test_an_adapter_that_is_not_finite_is_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = loop.step
+
+    def step(run: Any, index: int) -> bool:
+        if index == 2:
+            name = list(run.named)[3]
+            with torch.no_grad():
+                run.named[name].view(-1)[5] = float("inf")
+        return real(run, index)
+
+    monkeypatch.setattr(loop, "step", step)
+    with pytest.raises(RunFailed, match=r"step 3: .* the adapter's \S+ is not finite"):
+        carry_out(folder, tmp_path / "run")
+
+
+def test_a_step_that_the_grace_is_too_short_for_is_dropped_and_taken_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _, expected = carry_out(folder, tmp_path / "whole", micro_batch_size=2)
+    real, calls = loop.token_loss, 0
+
+    def token_loss(model: Any, batch: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 6:  # the second micro-batch of the second step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(model, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "token_loss", token_loss)
+        with pytest.raises(Interrupted, match="after step 1"):
+            carry_out(folder, tmp_path / "cut", grace=0.0, micro_batch_size=2)
+    assert calls == 6
+    resumed, records, found = carry_out(folder, tmp_path / "cut", "resume", micro_batch_size=2)
+    assert records[0].step == 2
+    assert (resumed.tokens, resumed.trained_tokens) == (whole.tokens, whole.trained_tokens)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_first_step_that_is_dropped_can_be_resumed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, expected = carry_out(folder, tmp_path / "whole", micro_batch_size=4)
+    real = loop.token_loss
+
+    def token_loss(model: Any, batch: Any) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(model, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "token_loss", token_loss)
+        with pytest.raises(Interrupted, match="after step 0"):
+            carry_out(folder, tmp_path / "cut", grace=0.0, micro_batch_size=4)
+    _, _, found = carry_out(folder, tmp_path / "cut", "resume", micro_batch_size=4)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_an_inexact_resume_is_told_and_written_into_the_adapter(
+    folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(Interrupted):
+        carry_out(folder, tmp_path / "run", stop_after=2)
+    carry_out(folder, tmp_path / "run", "resume", learning_rate=0.02, allow_inexact=True)
+    saved = adapters.read(tmp_path / "run" / "adapter")
+    assert saved.passport is not None
+    assert saved.passport["resumed_inexactly"] == [
+        "recipe.train.learning_rate was 0.01 and is 0.02"
+    ]
 
 
 def test_as_many_steps_may_be_skipped_as_the_recipe_allows(
