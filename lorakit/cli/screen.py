@@ -7,6 +7,7 @@ command function, hands it a `Screen` as first argument and turns errors into on
 import inspect
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -270,9 +271,9 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(error.exit_code) from None
         except (typer.Exit, typer.Abort):
             raise
-        except Signalled as error:
+        except KeyboardInterrupt as error:
             # What was begun is cleaned up; the parent sees the signal, as of any program.
-            end_by(error.signal)
+            end_by(error.signal if isinstance(error, Signalled) else signal.SIGINT)
         except BrokenPipeError:
             # The reader of stdout has gone; nobody is left to tell.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

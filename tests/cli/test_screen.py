@@ -34,6 +34,8 @@ ERRORS = [
     EnvironmentLacks("env.offline", "no network"),
 ]
 
+HERE = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+
 
 def app_that(act: Any) -> typer.Typer:
     app = typer.Typer(pretty_exceptions_enable=False)
@@ -195,6 +197,54 @@ def test_a_log_that_cannot_be_written_hides_no_error(tmp_path: Path) -> None:
     assert "the disk is full" in ended.stderr
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_with_nothing_to_save_cleans_up_and_ends_the_process(
+    number: signal.Signals,
+) -> None:
+    program = (
+        "import os, signal; from lorakit.cli.screen import command\n"
+        "def work(screen):\n"
+        f"    try: os.kill(os.getpid(), {int(number)})\n"
+        "    finally: print('cleaned up', flush=True)\n"
+        "command(work)()"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env=HERE, capture_output=True, text=True
+    )
+    assert ended.stdout == "cleaned up\n"
+    assert ended.returncode == -number
+
+
+def test_work_goes_on_when_nobody_reads_what_it_says() -> None:
+    program = (
+        "import os; from lorakit.cli.screen import command\n"
+        "def work(screen):\n"
+        "    for n in range(3): screen.say('x' * 9999)\n"
+        "    os.write(3, b'done')\n"
+        "command(work)()"
+    )
+    unread, said = os.pipe()
+    os.close(unread)
+    done, result = os.pipe()
+    run = subprocess.Popen(
+        ["bash", "-c", f'exec "$0" -c "$1" 3>&{result}', sys.executable, program],
+        env=HERE,
+        stderr=said,
+        pass_fds=(result,),
+    )
+    assert run.wait() == 0
+    os.close(result)
+    assert os.read(done, 10) == b"done"
+
+
+def test_the_log_holds_what_was_said_before_there_was_one(tmp_path: Path) -> None:
+    screen = Screen("train")
+    screen.say("the plan")
+    screen.log_to(tmp_path / "log.txt")
+    screen.say("step 1")
+    assert (tmp_path / "log.txt").read_text() == "the plan\nstep 1\n"
+
+
 def test_ctrl_c_with_nothing_to_save_ends_the_process_by_that_signal() -> None:
     program = """
 import typer
@@ -209,9 +259,8 @@ def work(screen):
 
 app()
 """
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     ended = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", program], env=HERE, capture_output=True, text=True
     )
     assert ended.returncode == -signal.SIGINT
     assert ended.stdout == ended.stderr == ""
