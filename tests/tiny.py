@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GPT2Config,
     LlamaConfig,
@@ -15,8 +16,15 @@ from transformers import (
     Qwen2Config,
 )
 
+from lorakit.model.attention import NAME
+
 FAMILIES = ("llama", "qwen2", "gpt2")
 VOCABULARY = 320
+SIZES = """
+    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads head_dim
+    num_key_value_heads max_position_embeddings bos_token_id eos_token_id pad_token_id
+    sliding_window
+"""
 UNKNOWN, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 CHAT_TEMPLATE = (
@@ -67,6 +75,25 @@ def tiny_model(
                 else:
                     parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.to(dtype).eval()
+
+
+def known_model(family: str, **changes: Any) -> PreTrainedModel:
+    """Return a tiny fp64 model of a known family, with our own attention."""
+    if family in FAMILIES:
+        config = tiny_config(family, **changes)
+    else:
+        sizes = tiny_config("llama").to_dict() | {"head_dim": 8} | changes
+        config = AutoConfig.for_model(
+            family, **{name: sizes[name] for name in SIZES.split() if name in sizes}
+        )
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = AutoModelForCausalLM.from_config(config).double().eval()
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, 0, 0.3)
+    model.set_attn_implementation(NAME)
+    return model
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lorakit.adapters._fused import fuse
 from lorakit.adapters._layer import META, Copy, Layer, layers_of, wrap
 from lorakit.adapters._method import Method, one_of_tied, with_tied
 from lorakit.errors import BadInput
@@ -38,6 +39,7 @@ def attach(method: Method, model: PreTrainedModel, sites: Sequence[Site], seed: 
     set_training(model, model.training)
     if model.device == META:
         return
+    fuse(model)
     generator = torch.Generator().manual_seed(seed)
     for layer in layers_of(model):
         layer.reset(generator)

@@ -24,10 +24,12 @@ class Layer(nn.Module):
     """One site's part of an adapter: its tensors, and what they do to the module they adapt.
 
     Parameters are fp32 and are cast to the activation's dtype where they are used. `scale` is the
-    effective scale of the site, after every pattern: all that exports reads it here.
+    effective scale of the site, after every pattern: all that exports reads it here. `dropout` is
+    the share of its inputs that the layer does not see in training.
     """
 
     scale: float = 1.0
+    dropout: float = 0.0
 
     def __init__(self, name: str) -> None:
         super().__init__()

@@ -5,7 +5,6 @@ wraps the forward of as many layers as memory asks for, and works in either mode
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,13 +22,22 @@ def checkpoint_layers(model: PreTrainedModel, count: int | None = None) -> int:
     layers = decoder_layers(model)
     count = len(layers) if count is None else min(count, len(layers))
     for layer in layers:
-        vars(layer).pop("forward", None)
+        if isinstance(recomputed := vars(layer).get("forward"), _Recomputed):
+            del layer.forward
+            if layer.forward != recomputed.forward:  # a twin's
+                layer.forward = recomputed.forward
     for layer in layers[:count]:
-        layer.forward = partial(_recomputed, layer.forward)
+        layer.forward = _Recomputed(layer.forward)
     return count
 
 
-def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+class _Recomputed:
+    """A layer's forward pass, of which only the inputs are kept."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward = forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.forward(*args, **kwargs)
+        return checkpoint(self.forward, *args, use_reentrant=False, **kwargs)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -79,14 +80,14 @@ def silu_gate_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, 
 
 @_fusable
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs of dimensions by angles: x (tokens, heads, dim), cos and sin (tokens, dim).
+    """Rotate pairs of dimensions by angles: x (..., tokens, heads, dim), cos (..., tokens, dim).
 
     Su et al. 2021, "RoFormer", arXiv 2104.09864, in the layout of halves that Llama uses.
     With -sin it is its own inverse and its own backward.
     """
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
-    return x * cos[:, None] + turned * sin[:, None]
+    return x * cos.unsqueeze(-2) + turned * sin.unsqueeze(-2)
 
 
 class Itself(NamedTuple):
@@ -136,3 +137,42 @@ class Gated(NamedTuple):
 # forward(*inputs) returns what is read, (rows, dim), and what to keep besides the inputs;
 # backward(grad, *inputs, *kept) returns what was read, again, and the gradients of the inputs.
 Source = Itself | Normed | Gated
+
+
+def rms_normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return RMSNorm of x (..., dim) with a frozen weight; x and one number a row are kept."""
+    out: Tensor = _RmsNormed.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    return out
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x (..., tokens, heads, dim) by angles (..., tokens, dim); x is not kept."""
+    out: Tensor = _Rotated.apply(x, cos, sin)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _RmsNormed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        normed, scale = rms_norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, scale)
+        return normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _, grad_x = rms_norm_backward(grad, *ctx.saved_tensors)
+        return grad_x, None, None
+
+
+class _Rotated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return rotated(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return rotated(grad, cos, -sin), None, None

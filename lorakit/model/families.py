@@ -16,6 +16,10 @@ KNOWN = frozenset(
     """.split()
 )
 
+# Of these the decoder layer is, attribute by attribute, Llama's: RMSNorm, q, k, v with rotary
+# positions (and with norms of heads where it has them), o, RMSNorm, gate, up, SiLU, down.
+LLAMA_LIKE = frozenset("llama mistral qwen2 qwen3".split())
+
 
 def is_known(model: PreTrainedModel | PretrainedConfig) -> bool:
     """Tell whether the model is of a known family and runs transformers' own code."""
@@ -35,6 +39,12 @@ def plain_head(model: PreTrainedModel) -> nn.Linear | None:
         return None
     hooked = any(_has_hooks(module) for module in (model, head))
     return None if hooked else head
+
+
+def llama_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the decoder layers of a model whose layers are Llama's, none of any other model."""
+    like = is_known(model) and model.config.model_type in LLAMA_LIKE
+    return decoder_layers(model) if like and model.config.hidden_act == "silu" else []
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

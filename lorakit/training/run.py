@@ -80,8 +80,6 @@ def prepare(plan: Plan, runtime: Runtime, folder: RunFolder, reporter: Reporter,
     model = base_models.load(
         plan.base, device=runtime.device, dtype=plan.dtype, attention=plan.recipe.model.attention
     )
-    if plan.checkpointing:
-        checkpoint_layers(model)
     resume, sites = folder.resume, list(plan.sites)
     if resume:
         method = adapters.attach_saved(adapters.read(resume.adapter), model, sites)
@@ -89,6 +87,8 @@ def prepare(plan: Plan, runtime: Runtime, folder: RunFolder, reporter: Reporter,
         method = plan.method
         adapters.attach(method, model, sites, seed=plan.recipe.seed)
         method.start(model, sites, plan.steps.step(0, whole=True))
+    if plan.checkpointing:
+        checkpoint_layers(model)
     adapters.set_training(model, True)
     named = adapters.trainable(model)
     optimizer = optim.build(settings, method.param_groups(model, settings.learning_rate))

@@ -14,35 +14,11 @@ from lorakit.model.families import KNOWN
 from lorakit.model.inputs import forward_inputs
 from lorakit.model.loss import token_loss
 from tests.model.batches import Rows, documents, packed, padded
-from tests.tiny import FAMILIES, tiny_config, tiny_model
+from tests.tiny import FAMILIES, known_model, tiny_config, tiny_model
 
 torch.set_num_threads(1)
 
 LENGTHS = (9, 5, 5, 1, 12)
-SIZES = """
-    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads head_dim
-    num_key_value_heads max_position_embeddings bos_token_id eos_token_id pad_token_id
-    sliding_window
-"""
-
-
-def known_model(family: str, **changes: int) -> PreTrainedModel:
-    """Return a tiny fp64 model of a known family."""
-    if family in FAMILIES:
-        config = tiny_config(family, **changes)
-    else:
-        sizes = tiny_config("llama").to_dict() | {"head_dim": 8} | changes
-        config = AutoConfig.for_model(
-            family, **{name: sizes[name] for name in SIZES.split() if name in sizes}
-        )
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        model = AutoModelForCausalLM.from_config(config).double().eval()
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                torch.nn.init.normal_(parameter, 0, 0.3)
-    model.set_attn_implementation(attention.NAME)
-    return model
 
 
 def gradients(loss: Tensor, model: PreTrainedModel) -> dict[str, Tensor]:
