@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Group
-from rich.text import Text
 
 from lorakit.cli.screen import (
     AllowLocalCode,
@@ -20,6 +18,7 @@ from lorakit.errors import CheckFailed
 from lorakit.storage.redact import printable
 
 if TYPE_CHECKING:
+    from rich.text import Text
     from transformers import PreTrainedTokenizerBase
 
     from lorakit.data.prepare import Dataset
@@ -49,6 +48,8 @@ def data_preview(
     allow_remote_code: AllowRemoteCode = False,
 ) -> None:
     """Show rows as the model sees them: what is trained, what is masked, where they end."""
+    from rich.console import Group
+
     from lorakit.data import items
     from lorakit.data.prepare import longest_allowed, renderer_of
     from lorakit.data.preview import samples
@@ -89,6 +90,8 @@ def data_stats(
     allow_remote_code: AllowRemoteCode = False,
 ) -> None:
     """Count rows and tokens: lengths, share trained, what is dropped, what packing saves."""
+    from rich.text import Text
+
     dataset = _prepared(screen, recipe, changes, allow_local_code, allow_remote_code)
     screen.notice(*dataset.notices)
     lines = dataset.report.lines()
@@ -106,6 +109,8 @@ def data_check(
     allow_remote_code: AllowRemoteCode = False,
 ) -> None:
     """Say no (exit 1) when rows are lost, answers do not end, or train and eval overlap."""
+    from rich.text import Text
+
     dataset = _prepared(screen, recipe, changes, allow_local_code, allow_remote_code)
     screen.notice(*(notice for notice in dataset.notices if notice.id not in FINDINGS))
     findings = [notice for notice in dataset.notices if notice.id in FINDINGS]
@@ -163,7 +168,9 @@ def _prepared(
         )
 
 
-def _legend(*, color: bool) -> Text:
+def _legend(*, color: bool) -> "Text":
+    from rich.text import Text
+
     if not color:
         return Text("⟦trained⟧ masked  ⏎ line end")
     parts = [("trained", "green"), ("masked", "dim"), ("special", "reverse")]
@@ -171,8 +178,10 @@ def _legend(*, color: bool) -> Text:
     return legend.append("  ⏎ line end")
 
 
-def _shown(sample: "Sample", too_long: str, *, ids: bool, color: bool) -> Text:
+def _shown(sample: "Sample", too_long: str, *, ids: bool, color: bool) -> "Text":
     """Lay one sample out: its text, its ids when asked for, and a line of facts."""
+    from rich.text import Text
+
     text = Text("\n").append(f"{sample.place}\n", "bold" if color else "")
     trained = False
     for span in sample.spans:

@@ -6,7 +6,6 @@ import shutil
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from lorakit import __version__, environment
 from lorakit.cli.screen import AllowRemoteCode, Screen, SetOption, command
@@ -39,6 +38,8 @@ def doctor(
     allow_remote_code: AllowRemoteCode = False,
 ) -> None:
     """Show versions, device, memory and caches; exit 1 with --strict when something is amiss."""
+    from rich.table import Table
+
     from lorakit.cli import conflicts
     from lorakit.model.hub import has_token
     from lorakit.runtime import available_bytes, best_dtype, gpu, start, usable_cores

@@ -3,11 +3,9 @@
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from lorakit import adapters
 from lorakit.cli.screen import Screen, command
-from lorakit.recipe.expected import describe, variants
 
 
 @command
@@ -15,6 +13,8 @@ def methods(
     screen: Screen, name: Annotated[str, typer.Argument(help="One method, with its settings.")] = ""
 ) -> None:
     """List the adapter methods, or show one with its settings."""
+    from rich.table import Table
+
     if name:
         _one(screen, name)
         return
@@ -35,6 +35,10 @@ def methods(
 
 
 def _one(screen: Screen, name: str) -> None:
+    from rich.table import Table
+
+    from lorakit.recipe.expected import describe, variants
+
     method = adapters.get(name)
     schema = method.Settings.model_json_schema()
     settings: list[dict[str, Any]] = [
@@ -66,7 +70,7 @@ def _one(screen: Screen, name: str) -> None:
     ]
     if not screen.json:
         for line in lines:
-            screen.out.print(line, markup=False, highlight=False, soft_wrap=True)
+            screen.out.write_line(line)
     screen.result(table, {"methods": [{**facts, "settings": settings}]})
 
 

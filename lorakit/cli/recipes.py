@@ -5,24 +5,24 @@ shipped schema.
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lorakit import environment
 from lorakit.cli.screen import Screen, command
 from lorakit.errors import BadInput, RecipeError
-from lorakit.recipe import files, reference, schema
-from lorakit.recipe.layers import long_model
-from lorakit.recipe.reader import Foreign, Settings, dump, read
-from lorakit.recipe.sections import Recipe
-from lorakit.recipe.yaml_nodes import parse
-from lorakit.storage.publish import publish_file
+
+if TYPE_CHECKING:
+    from lorakit.recipe.reader import Foreign, Settings
+    from lorakit.recipe.sections import Recipe
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 
 def _names(typed: str) -> list[str]:
+    from lorakit.recipe import files
+
     return [name for name in files.packaged_recipes() if name.startswith(typed)]
 
 
@@ -35,6 +35,8 @@ Name = Annotated[
 @command
 def recipes_list(screen: Screen) -> None:
     """List the recipes that come with lorakit."""
+    from lorakit.recipe import files, schema
+
     rows = []
     for name, path in files.packaged_recipes().items():
         recipe = _read(str(path), schema.settings_for)
@@ -62,6 +64,9 @@ def recipes_show(
     ] = False,
 ) -> None:
     """Print a recipe: its file, or what the file comes to."""
+    from lorakit.recipe import files, schema
+    from lorakit.recipe.dump import dump
+
     path = files.locate(name)
     if resolved or defaults:
         recipe = _read(str(path), schema.settings_for)
@@ -82,6 +87,9 @@ def recipes_copy(
     force: Annotated[bool, typer.Option("--force", help="Replace files.")] = False,
 ) -> None:
     """Copy a packaged recipe, with the files that it names, to edit it."""
+    from lorakit.recipe import files
+    from lorakit.storage.publish import publish_file
+
     path = files.packaged_recipes().get(name) or files.locate(name)
     target = destination or Path()
     target = target / path.name if target.is_dir() else target
@@ -130,6 +138,9 @@ def recipes_schema(
     out: Annotated[Path | None, typer.Option("--out", help="Write it to this file.")] = None,
 ) -> None:
     """Print the JSON Schema of recipes, for editors."""
+    from lorakit.recipe import reference, schema
+    from lorakit.storage.publish import publish_file
+
     found = schema.shipped()
     found = reference.field(found, key) if key else found
     text = schema.written(found)
@@ -140,7 +151,9 @@ def recipes_schema(
         screen.result(text.removesuffix("\n"), {"json_schema": found})
 
 
-def _read(name: str, settings_for: Settings, foreign: Foreign = dict) -> Recipe:
+def _read(name: str, settings_for: "Settings", foreign: "Foreign" = dict) -> "Recipe":
+    from lorakit.recipe.reader import read
+
     return read(name, settings_for, environ=environment.all_variables(), foreign=foreign)
 
 
@@ -151,7 +164,7 @@ def _columns(rows: list[dict[str, str]]) -> list[str]:
     return ["  ".join(row[key].ljust(widths[key]) for key in keys).rstrip() for row in rows]
 
 
-def _description(recipe: Recipe) -> str:
+def _description(recipe: "Recipe") -> str:
     """Return the first comment of a recipe that is no instruction to an editor."""
     lines = recipe.origin.text.decode().splitlines()
     comments = (line.lstrip("# ") for line in lines if line.startswith("#"))
@@ -160,6 +173,10 @@ def _description(recipe: Recipe) -> str:
 
 def _local_files(data: bytes, path: Path) -> list[str]:
     """Return the relative paths of the files below its own folder that a recipe names."""
+    from lorakit.recipe import files
+    from lorakit.recipe.layers import long_model
+    from lorakit.recipe.yaml_nodes import parse
+
     root, _ = parse(files.decode(data, path), str(path))
     found: list[str] = []
     for keys, node in long_model(root).walk() if root else ():

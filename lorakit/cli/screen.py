@@ -4,6 +4,7 @@ stdout carries the result, stderr everything else. `@command` adds the common op
 command function, hands it a `Screen` as first argument and turns errors into one message.
 """
 
+import gc
 import inspect
 import json
 import os
@@ -13,12 +14,9 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console, RenderableType
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lorakit import __version__, environment
 from lorakit.errors import (
@@ -32,6 +30,9 @@ from lorakit.errors import (
 from lorakit.processes import Signalled, end_by, raising_on_signals
 from lorakit.storage.disk import append_line
 from lorakit.storage.redact import redact
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 RecipeArgument = Annotated[
     str, typer.Argument(help="A recipe file, or the name of a packaged recipe.")
@@ -50,7 +51,10 @@ AllowLocalCode = Annotated[
 ]
 
 Color = Literal["auto", "always", "never"]
-WIDE = 10_000  # columns off a terminal: who reads a pipe wants a row on a line
+
+# Imports make a million objects that stay. Python's own pace, a look for garbage every 700 new
+# objects, takes a fifth of a start.
+COLLECT_EVERY = 20_000
 
 
 class Screen:
@@ -67,10 +71,16 @@ class Screen:
         offline: bool = False,
         color: Color = "auto",
     ) -> None:
+        from lorakit.cli.console import Console
+
         self.name, self.json, self.quiet, self.debug, self.strict = name, json, quiet, debug, strict
         self.offline = offline or environment.offline()
-        self.out = _console(sys.stdout, color)
-        self.err = _console(sys.stderr, color)
+        plain = color == "never" or (
+            color == "auto" and environment.variable("NO_COLOR") is not None
+        )
+        forced = color == "always"
+        self.out = Console(sys.stdout, plain=plain, forced=forced)
+        self.err = Console(sys.stderr, plain=plain, forced=forced)
         self.notices: list[Notice] = []
         self._log: Path | None = None
         self._unlogged: list[str] = []
@@ -95,7 +105,7 @@ class Screen:
         text = self._clean(text)
         self._note(text)
         if not self.quiet:
-            self.err.print(text, markup=False, highlight=False, soft_wrap=True)
+            self.err.write_line(text)
 
     def notice(self, *notices: Notice) -> None:
         """Show warnings on stderr, once each, and remember them for the JSON document.
@@ -111,7 +121,7 @@ class Screen:
                 _block(f"warning[{notice.id}]", notice.message, notice.where, notice.help)
             )
             self._note(text)
-            self.err.print(_styled(text, "yellow"), highlight=False, soft_wrap=True)
+            self.err.write_line(text, "yellow")
             if self.strict:
                 raise BadInput(
                     "usage.strict",
@@ -120,7 +130,7 @@ class Screen:
                     help=notice.help,
                 )
 
-    def result(self, shown: RenderableType, data: dict[str, Any], *, exit: int = 0) -> None:
+    def result(self, shown: "RenderableType", data: dict[str, Any], *, exit: int = 0) -> None:
         """Write the result on stdout: as text, or as one JSON document with `--json`."""
         if self.json:
             self._document(data, exit)
@@ -129,7 +139,7 @@ class Screen:
             sys.stdout.write(shown + "\n")
         else:
             with self.out.capture() as drawn:
-                self.out.print(shown, highlight=False, soft_wrap=True, markup=False)
+                self.out.print(shown, soft_wrap=True)
             for line in drawn.get().splitlines():
                 sys.stdout.write(line.rstrip() + "\n")
 
@@ -140,13 +150,15 @@ class Screen:
             self.say(f"{description} …")
             yield lambda _: None
             return
+        from rich import progress
+
         columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.err, transient=True) as bar:
+        with progress.Progress(*columns, console=self.err, transient=True) as bar:
             task = bar.add_task(description, total=total)
             yield lambda more: bar.advance(task, more)
 
@@ -161,7 +173,7 @@ class Screen:
                 text = _block(f"error[{problem.id}]", problem.message, problem.where, problem.help)
             text = self._clean(text)
             self._note(text)
-            self.err.print(_styled(text, "red"), highlight=False, soft_wrap=True)
+            self.err.write_line(text, "red")
         if self.json:
             described = [self._described(problem) for problem in problems]
             several = {"errors": described} if isinstance(error, RecipeError) else {}
@@ -170,7 +182,7 @@ class Screen:
     def trace(self, error: BaseException) -> None:
         """Show where an error came from, with `--debug`."""
         if self.debug:
-            self.err.print(self._traceback(error), markup=False, highlight=False, soft_wrap=True)
+            self.err.write_line(self._traceback(error))
 
     def fail_unforeseen(self, error: BaseException) -> None:
         """Report a bug in one line and write the traceback to a file only the user can read."""
@@ -184,11 +196,8 @@ class Screen:
         except OSError:
             where = "nowhere (the working folder cannot be written)"
         summary = self._clean(f"{type(error).__name__}: {error}".splitlines()[0][:300])
-        self.err.print(
-            _styled(f"error[{BUG_ID}]: {summary}", "red"), highlight=False, soft_wrap=True
-        )
-        help = f"  help:  this is a bug in lorakit; the traceback is in {where}"
-        self.err.print(help, markup=False, highlight=False, soft_wrap=True)
+        self.err.write_line(f"error[{BUG_ID}]: {summary}", "red")
+        self.err.write_line(f"  help:  this is a bug in lorakit; the traceback is in {where}")
         if self.json:
             self._document({"error": {"id": BUG_ID, "message": summary}}, BUG_EXIT_CODE)
 
@@ -262,6 +271,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             color=color,
         )
         environment.quiet_libraries(offline=screen.offline)
+        gc.set_threshold(COLLECT_EVERY)
         try:
             with raising_on_signals():
                 function(screen, **arguments)
@@ -297,24 +307,6 @@ def usage(message: str, help: str | None = None) -> BadInput:
     return BadInput("usage", message, help=help)
 
 
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        """Go on in silence: nobody reads the lines, but the work is still wanted."""
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
-
-
-def _console(stream: TextIO, color: Color) -> Console:
-    plain = color == "never" or (color == "auto" and environment.variable("NO_COLOR") is not None)
-    force = True if color == "always" else None
-    return _Console(
-        file=stream,
-        no_color=plain,
-        force_terminal=force,
-        color_system=None if plain else "auto",
-        width=None if stream.isatty() else WIDE,
-    )
-
-
 def _block(head: str, message: str, where: object, help: str | None) -> str:
     lines = [f"{head}: {message}"]
     if where:
@@ -322,8 +314,3 @@ def _block(head: str, message: str, where: object, help: str | None) -> str:
     if help:
         lines.append(f"  help:  {help}")
     return "\n".join(lines)
-
-
-def _styled(text: str, color: str) -> str:
-    head, colon, rest = text.partition(":")
-    return f"[{color}]{escape(head)}[/]{colon}{escape(rest)}"
