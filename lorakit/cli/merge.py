@@ -67,7 +67,7 @@ def merge(
         unsure = any(notice.id == "adapter.base-unknown" for notice in plan.notices)
         screen.say(f"Base      {found.name}{'' if unsure else ' (fingerprint matches)'}")
         screen.say(f"Needs     {_size(plan.bytes)}, {_size(free_space(out))} free")
-        with screen.progress("Merging", plan.bytes) as advance:
+        with screen.progress("Merging", plan.work) as advance:
             report = merging.merge(plan, start(), advance)
     files = len(report["shards"])
     lines = (

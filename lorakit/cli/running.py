@@ -132,7 +132,7 @@ def merge_run(screen: Screen, plan: Plan, folder: RunFolder, runtime: Runtime) -
     options = Options(dtype=section.dtype, overwrite=True)
     with (
         planned(saved, plan.base, Path(section.out), options) as merging,
-        screen.progress("Merging", merging.bytes) as advance,
+        screen.progress("Merging", merging.work) as advance,
     ):
         report = merge(merging, runtime, advance)
     screen.say(f"Verified  {verdict(report)}")

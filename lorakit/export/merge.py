@@ -11,18 +11,17 @@ import torch
 from lorakit import __version__
 from lorakit.adapters import Saved, check_base, merge_layers
 from lorakit.errors import BadInput, CheckFailed, Notice
-from lorakit.export.blocks import MergedTensors, Unit
+from lorakit.export.blocks import MergedTensors
+from lorakit.export.shards import Shard, planned_shards, write_index, write_shard
 from lorakit.export.texts import REPORT, find_texts, write_texts
 from lorakit.export.verify import BOUNDS, GIB, check_written, compare_logits, needed_bytes
 from lorakit.model.base import Base, skeleton
 from lorakit.model.sites import find_sites
-from lorakit.model.weights import INDEX, SINGLE
-from lorakit.runtime import DTYPES, Runtime
+from lorakit.runtime import DTYPES, Runtime, background
 from lorakit.storage import strict_json
-from lorakit.storage.disk import storage_errors
+from lorakit.storage.disk import storage_errors, sync
 from lorakit.storage.hashing import sha256_file
 from lorakit.storage.publish import publish_folder
-from lorakit.storage.tensors import TensorWriter
 
 SCHEMA = "lorakit.merge/1"
 MAX_SHARD = 5 * 10**9  # bytes
@@ -48,7 +47,7 @@ class Plan:
     out: Path
     options: Options
     tensors: MergedTensors
-    shards: Mapping[str, Sequence[Unit]]
+    shards: Mapping[str, Shard]
     texts: Mapping[str, Path]
     notices: tuple[Notice, ...]
 
@@ -56,6 +55,11 @@ class Plan:
     def bytes(self) -> int:
         """What the files of tensors take on the disk."""
         return sum(self.tensors.bytes(unit) for unit in self.tensors.units)
+
+    @property
+    def work(self) -> int:
+        """How many bytes `merge` says that it has come further by: each is written and read."""
+        return 2 * self.bytes
 
     @property
     def dtype(self) -> torch.dtype:
@@ -79,7 +83,7 @@ def planned(saved: Saved, base: Base, out: Path, options: Options) -> Iterator[P
     with base.weights() as weights:
         dtype = None if options.dtype == "keep" else DTYPES[options.dtype]
         tensors = MergedTensors(weights, layers, sites, dtype=dtype, scale=options.scale)
-        shards = _shards(tensors, options.max_shard)
+        shards = planned_shards(tensors, weights, options.max_shard)
         notices = (*saved.notices, *base.notices, *([notice] if notice else []))
         yield Plan(saved, base, out, options, tensors, shards, find_texts(saved, base), notices)
 
@@ -89,8 +93,7 @@ def merge(
 ) -> dict[str, Any]:
     """Write, check and publish the merged model; returns the content of `merge_report.json`.
 
-    A merge that fails a check leaves nothing behind. `advance` hears how many more bytes are
-    written.
+    A merge that fails a check leaves nothing behind. `advance` hears of `plan.work` bytes in all.
 
     Raises:
         CheckFailed: `check.merge` when what was written is not base and adapter in one.
@@ -98,16 +101,21 @@ def merge(
     """
     options = plan.options
     texts = sum(path.stat().st_size for path in plan.texts.values())
-    with publish_folder(plan.out, replace=options.overwrite, needed=plan.bytes + texts) as folder:
-        shards = [
-            _write_shard(plan.tensors, folder / name, units, advance)
-            for name, units in plan.shards.items()
-        ]
+    with (
+        publish_folder(plan.out, replace=options.overwrite, needed=plan.bytes + texts) as folder,
+        background(2) as pool,
+    ):
+        synced, digests = [], []
+        for name, shard in plan.shards.items():
+            path = folder / name
+            write_shard(plan.tensors, path, shard, advance)
+            # The disk writes and the digest is taken while the next shard, or the check, computes.
+            synced.append(pool.submit(sync, path))
+            digests.append(pool.submit(sha256_file, path))
         kept = options.dtype == "keep" and plan.base.folder is not None
-        dtype = None if kept else _name(plan.dtype)
-        write_texts(plan.texts, plan.base, folder, dtype)
-        _write_index(plan, folder)
-        written = check_written(plan.tensors, folder)
+        write_texts(plan.texts, plan.base, folder, None if kept else _name(plan.dtype))
+        write_index(plan.shards, folder, plan.bytes)
+        written = check_written(plan.tensors, folder, advance)
         report = {
             "schema": SCHEMA,
             "lorakit_version": __version__,
@@ -116,12 +124,17 @@ def merge(
             "base": plan.base.facts(),
             "dtype": _name(plan.dtype),
             "scale": options.scale,
-            "shards": shards,
+            "shards": [
+                {"file": name, "sha256": digest.result(), "bytes": shard.layout.size}
+                for (name, shard), digest in zip(plan.shards.items(), digests, strict=True)
+            ],
             "tensors": written.tensors,
             "adapted": written.adapted,
             "changed": written.changed,
             "verify": {"ok": True, **_compared(plan, folder, runtime)},
         }
+        for done in synced:
+            done.result()
         with storage_errors(plan.out):
             (folder / REPORT).write_text(strict_json.dumps(report), encoding="utf-8")
     return report
@@ -193,53 +206,6 @@ def check_output(out: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
             where=str(out),
             help="--overwrite replaces it" if ours else "choose another folder with --out",
         )
-
-
-def _shards(tensors: MergedTensors, limit: int) -> dict[str, list[Unit]]:
-    """Return which units go into which file; one larger than the limit has a file of its own."""
-    groups: list[list[Unit]] = []
-    size = limit
-    for unit in tensors.units:
-        size += tensors.bytes(unit)
-        if size > limit:
-            groups.append([])
-            size = tensors.bytes(unit)
-        groups[-1].append(unit)
-    if len(groups) == 1:
-        return {SINGLE: groups[0]}
-    return {
-        f"model-{number:05d}-of-{len(groups):05d}.safetensors": group
-        for number, group in enumerate(groups, 1)
-    }
-
-
-def _write_shard(
-    tensors: MergedTensors, path: Path, units: Sequence[Unit], advance: Callable[[int], None]
-) -> dict[str, Any]:
-    """Write one file of tensors; returns its name, size and SHA-256."""
-    names = [name for unit in units for name in unit.names.values()]
-    shapes = {name: (tensors.shape(name), tensors.dtype(name)) for name in names}
-    with TensorWriter(path, shapes) as writer:
-        for unit in units:
-            for block in tensors.blocks(unit):
-                writer.write(block.name, block.merged, block.row)
-                advance(block.merged.nbytes)
-        return {"file": path.name, "sha256": writer.finish(), "bytes": writer.size}
-
-
-def _write_index(plan: Plan, folder: Path) -> None:
-    """Write which tensor is in which file, where there are several."""
-    if len(plan.shards) == 1:
-        return
-    files = {
-        name: file
-        for file, units in plan.shards.items()
-        for unit in units
-        for name in unit.names.values()
-    }
-    index = {"metadata": {"total_size": plan.bytes}, "weight_map": files}
-    with storage_errors(plan.out):
-        (folder / INDEX).write_text(strict_json.dumps(index), encoding="utf-8")
 
 
 def _name(dtype: torch.dtype) -> str:

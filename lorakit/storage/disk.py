@@ -10,6 +10,8 @@ from lorakit.errors import BadInput, LorakitError, RunFailed
 
 RESERVE = 1 << 20  # bytes that a plan leaves free: log lines must still fit when the run stops
 
+_COPIED = 64 << 20  # bytes in one call
+_NO_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -97,6 +99,33 @@ def write_all(descriptor: int, data: bytes | memoryview, offset: int = 0) -> Non
     while rest:
         count = os.pwrite(descriptor, rest, offset)
         rest, offset = rest[count:], offset + count
+
+
+def copy_all(source: int, target: int, start: int, end: int, offset: int) -> None:
+    """Copy the bytes from `start` to `end` of one file to `offset` in another, in the kernel.
+
+    A file system that can share blocks shares all that lie alike in both files: after the first,
+    each call begins at a multiple of a block. Where the kernel will not, the bytes are read.
+    """
+    copy = getattr(os, "copy_file_range", _copy)  # not on macOS
+    while start < end:
+        step = min(end, (start // _COPIED + 1) * _COPIED) - start
+        try:
+            count = copy(source, target, step, start, offset)
+        except OSError as error:
+            if error.errno not in _NO_COPY or copy is _copy:
+                raise
+            copy = _copy
+            continue
+        if not count:
+            raise OSError(errno.EIO, f"the file ends at byte {start:,}")
+        start, offset = start + count, offset + count
+
+
+def _copy(source: int, target: int, count: int, start: int, offset: int) -> int:
+    data = os.pread(source, min(count, 1 << 20), start)
+    write_all(target, data, offset)
+    return len(data)
 
 
 def make_folder(folder: Path) -> None:

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from lorakit.errors import LorakitError, Place, one_of
 from lorakit.storage import strict_json
@@ -57,6 +57,17 @@ class Entry:
         return math.prod(self.shape[1:]) * WIDTHS[self.dtype]
 
 
+class Layout(NamedTuple):
+    """What a file begins with, up to the data, and where each tensor's bytes go."""
+
+    header: bytes
+    entries: dict[str, Entry]
+
+    @property
+    def size(self) -> int:
+        return max((entry.end for entry in self.entries.values()), default=len(self.header))
+
+
 def header_length(prefix: bytes, size: int) -> int:
     """Return the header's length in bytes, from the first 8 bytes of a file of `size` bytes.
 
@@ -96,8 +107,8 @@ def read_header(text: bytes, size: int) -> tuple[dict[str, Entry], dict[str, str
 
 def layout(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
-) -> tuple[bytes, dict[str, Entry]]:
-    """Return the first bytes of a file, up to the data, and where each tensor goes.
+) -> Layout:
+    """Return how a new file is laid out.
 
     Args:
         tensors: dtype and shape of each.
@@ -120,7 +131,7 @@ def layout(
         header_length(prefix := len(text).to_bytes(PREFIX, "little"), PREFIX + len(text))
     except Damage as damage:
         raise ValueError(str(damage)) from None
-    return prefix + text, entries
+    return Layout(prefix + text, entries)
 
 
 def _entry(name: str, value: Any, data: int) -> Entry:

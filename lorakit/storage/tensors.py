@@ -4,7 +4,6 @@ A mapped file counts against memory limits and dies of SIGBUS when it shrinks; t
 syncs what it writes nor honours the umask (version 0.8). `header.py` has the format.
 """
 
-import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,8 +13,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from lorakit.storage.disk import create, require_space, storage_errors, write_all
-from lorakit.storage.header import PREFIX, Damage, Entry, header_length, layout, read_header
+from lorakit.storage.disk import copy_all, create, require_space, storage_errors, write_all
+from lorakit.storage.header import PREFIX, Damage, Layout, header_length, layout, read_header
 from lorakit.storage.paths import file_error, open_regular
 
 DTYPES = {
@@ -33,7 +32,6 @@ DTYPES = {
 ALL_ROWS = slice(None)
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_BLOCK = 8 << 20  # bytes
 
 
 class TensorFile:
@@ -54,22 +52,22 @@ class TensorFile:
         self._file = open_regular(path, family)
         try:
             with self._errors():
-                self._entries, self.metadata = self._read_header()
+                self.layout, self.metadata = self._read_header()
         except BaseException:
             self.close()
             raise
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(self._entries)
+        return tuple(self.layout.entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape."""
-        return self._entries[name].shape
+        return self.layout.entries[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
         """Return a tensor's dtype."""
-        return DTYPES[self._entries[name].dtype]
+        return DTYPES[self.layout.entries[name].dtype]
 
     def read(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
         """Return a tensor, or a run of its rows, in new memory; only those bytes are read.
@@ -77,7 +75,7 @@ class TensorFile:
         Raises:
             RunFailed: when the file has shrunk or the disk cannot read it.
         """
-        entry = self._entries[name]
+        entry = self.layout.entries[name]
         first, shape = 0, entry.shape
         if rows != ALL_ROWS:
             first, last, step = rows.indices(shape[0])
@@ -90,6 +88,15 @@ class TensorFile:
         # A BOOL byte on disk may be other than 0 or 1, which torch.bool must not hold.
         return tensor.view(torch.uint8) != 0 if entry.dtype == "BOOL" else tensor
 
+    def copy(self, name: str, target: int, offset: int) -> None:
+        """Copy a tensor's bytes to `offset` in an open file; they do not pass through memory.
+
+        Raises:
+            OSError: when the disk refuses.
+        """
+        entry = self.layout.entries[name]
+        copy_all(self._file.fileno(), target, entry.start, entry.end, offset)
+
     def close(self) -> None:
         """Close the file; tensors that were read stay."""
         self._file.close()
@@ -100,7 +107,7 @@ class TensorFile:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read_header(self) -> tuple[dict[str, Entry], dict[str, str]]:
+    def _read_header(self) -> tuple[Layout, dict[str, str]]:
         size = os.fstat(self._file.fileno()).st_size
         if size < PREFIX:
             raise Damage(f"expected at least {PREFIX} bytes, found {size}")
@@ -108,7 +115,8 @@ class TensorFile:
         self._read_into(memoryview(prefix), 0)
         text = bytearray(header_length(bytes(prefix), size))
         self._read_into(memoryview(text), PREFIX)
-        return read_header(bytes(text), size)
+        entries, metadata = read_header(bytes(text), size)
+        return Layout(bytes(prefix + text), entries), metadata
 
     def _read_into(self, target: memoryview, offset: int) -> None:
         while target:
@@ -130,42 +138,28 @@ class TensorFile:
 
 
 class TensorWriter:
-    """A new safetensors file whose shapes are known first and whose rows come in any order.
+    """A new safetensors file whose layout is known first and whose rows come in any order.
 
-    The header is written last, so that no reader takes half a file for a whole one; leaving the
-    `with` block without `finish` removes the file.
+    Threads may write at the same time. The header is written last, so that no reader takes half a
+    file for a whole one; leaving the `with` block without `finish` removes the file.
 
     Args:
         path: the file, which must not exist; inside a folder that is being published.
-        shapes: shape and dtype of each tensor.
-        metadata: texts for the header, beside `format`.
+        layout: of this file: `laid_out`, or that of another file.
 
     Raises:
         RunFailed: when the disk refuses, or has too little space for the whole file.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
-        metadata: Mapping[str, str] | None = None,
-    ) -> None:
+    def __init__(self, path: Path, layout: Layout) -> None:
         self.path = path
-        named = {name: (_NAMES[dtype], shape) for name, (shape, dtype) in shapes.items()}
-        self._header, self._entries = layout(named, metadata or {})
-        self.size = max((e.end for e in self._entries.values()), default=len(self._header))
-        self._written: dict[str, list[tuple[int, int]]] = {name: [] for name in self._entries}
-        self._hash = hashlib.sha256(self._header)
-        self._hashed = len(self._header)  # bytes, from the start of the file
+        self.layout = layout
+        self.size = layout.size
+        self._written: dict[str, list[tuple[int, int]]] = {name: [] for name in layout.entries}
         self._finished = False
         with storage_errors(path, self.size):
             require_space(path, self.size)
             self._descriptor = create(path)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The tensors as they stand in the file: in this order nothing is read again."""
-        return tuple(self._entries)
 
     def write(self, name: str, tensor: Tensor, row: int = 0) -> None:
         """Write a tensor, or some of its rows from `row` on.
@@ -174,44 +168,49 @@ class TensorWriter:
             RunFailed: when the disk refuses.
             ValueError: when shape, dtype or rows are not those announced.
         """
-        entry = self._entries[name]
+        entry = self.layout.entries[name]
         last = row + (tensor.shape[0] if tensor.dim() else 1)
         alike = tensor.dim() == len(entry.shape) and tensor.shape[1:] == entry.shape[1:]
         if tensor.dtype != DTYPES[entry.dtype] or not alike or not 0 <= row <= last <= entry.rows:
             got = f"{tuple(tensor.shape)} {tensor.dtype} from row {row}"
             raise ValueError(f"{name} is {entry.shape} {entry.dtype}, got {got}")
         self._written[name].append((row, last))
-        data = _bytes_of(tensor.detach().cpu().contiguous())
-        offset = entry.start + row * entry.row_bytes
         with storage_errors(self.path, self.size):
-            write_all(self._descriptor, data, offset)
-        if offset == self._hashed:  # what comes in order need not be read again
-            self._hash.update(data)
-            self._hashed += len(data)
+            write_all(self._descriptor, _bytes_of(tensor), entry.start + row * entry.row_bytes)
 
-    def finish(self) -> str:
-        """Push the file to the disk and return its SHA-256.
+    def copy(self, name: str, source: TensorFile) -> None:
+        """Copy a whole tensor from another file; its bytes do not pass through memory.
+
+        Raises:
+            RunFailed: when the disk refuses.
+            ValueError: when shape or dtype are not those announced.
+        """
+        entry, theirs = self.layout.entries[name], source.layout.entries[name]
+        if (entry.shape, entry.dtype) != (theirs.shape, theirs.dtype):
+            got = f"{theirs.shape} {theirs.dtype}"
+            raise ValueError(f"{name} is {entry.shape} {entry.dtype}, got {got}")
+        self._written[name].append((0, entry.rows))
+        with storage_errors(self.path, self.size):
+            source.copy(name, self._descriptor, entry.start)
+
+    def finish(self) -> None:
+        """Write the header; the folder's publication pushes the file to the disk.
 
         Raises:
             RunFailed: when the disk refuses.
             ValueError: when a row was not written, or twice.
         """
         for name, spans in self._written.items():
-            row = 0
+            row, rows = 0, self.layout.entries[name].rows
             for first, last in sorted(spans):
                 if first != row:
                     raise ValueError(f"{name}: row {min(first, row)} was left out or written twice")
                 row = last
-            if row != self._entries[name].rows:
-                raise ValueError(f"{name}: {row} of {self._entries[name].rows} rows were written")
+            if row != rows:
+                raise ValueError(f"{name}: {row} of {rows} rows were written")
         with storage_errors(self.path, self.size):
-            write_all(self._descriptor, self._header)
-            os.fsync(self._descriptor)
-            while block := os.pread(self._descriptor, _BLOCK, self._hashed):
-                self._hash.update(block)
-                self._hashed += len(block)
+            write_all(self._descriptor, self.layout.header)
         self._finished = True
-        return self._hash.hexdigest()
 
     def __enter__(self) -> Self:
         return self
@@ -224,18 +223,34 @@ class TensorWriter:
 
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> str:
-    """Write a new safetensors file, hashed on the way, and return its SHA-256.
+) -> None:
+    """Write a new safetensors file, inside a folder that is being published.
 
     Raises:
         RunFailed: when the disk refuses.
     """
     shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    with TensorWriter(path, shapes, metadata) as writer:
-        for name in writer.names:
-            writer.write(name, tensors[name])
-        return writer.finish()
+    with TensorWriter(path, laid_out(shapes, metadata)) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+        writer.finish()
+
+
+def laid_out(
+    shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    metadata: Mapping[str, str] | None = None,
+) -> Layout:
+    """Return the layout of a new file with tensors of these shapes and dtypes.
+
+    Args:
+        shapes: shape and dtype of each tensor.
+        metadata: texts for the header, beside `format`.
+    """
+    named = {name: (_NAMES[dtype], shape) for name, (shape, dtype) in shapes.items()}
+    return layout(named, metadata or {})
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+    """Return a tensor's bytes, row after row."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -131,7 +132,7 @@ def test_files_of_a_bare_decoder_keep_their_names(tmp_path: Path):
         assert torch.equal(found[name.removeprefix("transformer.")], tensor)
 
 
-def test_shards_of_base_and_result_change_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_shards_of_base_and_result_change_no_bit(tmp_path: Path):
     base, saved = make(tmp_path)
     assert len(run(saved, base, tmp_path / "one")["shards"]) == 1
     expected = read_all(tmp_path / "one")
@@ -159,6 +160,46 @@ def test_shards_of_base_and_result_change_no_bit(tmp_path: Path, monkeypatch: py
         )
         == 0
     )
+
+
+def test_files_that_may_stay_as_they_are_differ_from_the_base_in_adapted_rows_alone(tmp_path: Path):
+    """Names, headers and places stay, so that copied blocks can be shared on the disk."""
+    base = find_base(write_tiny_model(tmp_path / "base", shards=3))
+    saved = save_adapter(base, tmp_path / "adapter", "lora", target_modules=("v_proj",), rank=2)
+    report = run(saved, base, tmp_path / "merged", verify=False)
+    adapted = changed = 0
+    for shard in report["shards"]:
+        path, original = tmp_path / "merged" / shard["file"], base.where / shard["file"]
+        found, expected = (bytearray(file.read_bytes()) for file in (path, original))
+        assert shard["sha256"] == hashlib.sha256(found).hexdigest()
+        with TensorFile(original, "model") as file:
+            for name, entry in file.layout.entries.items():
+                if "v_proj" in name:
+                    adapted += 1
+                    changed += found[entry.start : entry.end] != expected[entry.start : entry.end]
+                    found[entry.start : entry.end] = expected[entry.start : entry.end]
+        assert found == expected
+    assert adapted == changed == report["changed"] == 2
+    assert {path.name for path in base.where.iterdir()} < {
+        path.name for path in (tmp_path / "merged").iterdir()
+    }
+
+
+@pytest.mark.parametrize("options", [{}, {"max_shard": 30_000}, {"dtype": "bf16"}])
+def test_threads_change_no_bit(tmp_path: Path, options: dict[str, Any], monkeypatch: Any):
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 2000)
+    base, saved = make(tmp_path, "qwen2")
+    before = torch.get_num_threads()
+    files = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            report = run(saved, base, tmp_path / str(threads), verify=False, **options)
+            files.append([shard["sha256"] for shard in report["shards"]])
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert files[0] == files[1]
 
 
 def test_small_blocks_give_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -258,12 +299,12 @@ def test_a_wrong_byte_on_the_disk_is_found(tmp_path: Path, monkeypatch: pytest.M
     base, saved = make(tmp_path)
     checked = merging.check_written
 
-    def damaged(tensors: Any, folder: Path) -> Any:
+    def damaged(tensors: Any, folder: Path, advance: Any) -> Any:
         path = folder / "model.safetensors"
         data = bytearray(path.read_bytes())
         data[-5] ^= 1
         path.write_bytes(data)
-        return checked(tensors, folder)
+        return checked(tensors, folder, advance)
 
     monkeypatch.setattr(merging, "check_written", damaged)
     with pytest.raises(CheckFailed, match="does not hold what was merged") as caught:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-WRITES = ("mkdir", "open", "pwrite", "write", "fchmod", "fsync", "rename")
+WRITES = ("mkdir", "open", "pwrite", "write", "copy_file_range", "fchmod", "fsync", "rename")
 CHANGES = (*WRITES, "unlink", "rmdir")
 
 

@@ -7,6 +7,7 @@ import pytest
 from lorakit.errors import BadInput, RunFailed
 from lorakit.storage.disk import (
     append_line,
+    copy_all,
     create,
     free_space,
     make_folder,
@@ -62,6 +63,36 @@ def test_short_writes_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     write_all(descriptor, b"0123456789", 2)
     os.close(descriptor)
     assert (tmp_path / "file").read_bytes() == b"\0\x000123456789"
+
+
+@pytest.mark.parametrize("refusal", [None, errno.EXDEV, errno.EINVAL])
+@pytest.mark.parametrize("most", [1, 7, 100])
+def test_bytes_are_copied_whatever_the_kernel_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: int | None, most: int
+) -> None:
+    """In calls that begin at multiples of a block; short ones go on; refused ones are read."""
+    real, begins = os.copy_file_range, []
+
+    def copy(source: int, target: int, count: int, start: int, offset: int) -> int:
+        if refusal and start > 40:
+            raise OSError(refusal, os.strerror(refusal))
+        begins.append((start, count))
+        return real(source, target, min(count, most), start, offset)
+
+    monkeypatch.setattr(os, "copy_file_range", copy)
+    monkeypatch.setattr("lorakit.storage.disk._COPIED", 16)
+    data = bytes(range(100))
+    (tmp_path / "from").write_bytes(data)
+    source, target = os.open(tmp_path / "from", os.O_RDONLY), create(tmp_path / "to")
+    try:
+        copy_all(source, target, 10, 90, 5)
+        assert all(start // 16 == (start + count - 1) // 16 for start, count in begins)
+        with pytest.raises(OSError, match="the file ends at byte 100"):
+            copy_all(source, target, 50, 101, 5)
+    finally:
+        os.close(source)
+        os.close(target)
+    assert (tmp_path / "to").read_bytes()[:85] == bytes(5) + data[50:100] + data[60:90]
 
 
 def test_a_new_file_is_really_new(tmp_path: Path) -> None:
