@@ -74,6 +74,7 @@ BANNED_MODULES = {"pickle", "cPickle", "dill", "shelve", "marshal", "joblib", "c
 # each, for kinds of sources that most runs do not have.
 LATE_IMPORTS = {
     ("adapters/__init__.py", "get"),
+    ("model/quantized.py", "_library"),
     ("data/source.py", "_from_hub"),
     ("data/source.py", "_parquet"),
 }

@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional
 
 from lorakit.adapters._linear import LowRank
 from lorakit.errors import BadInput
+from lorakit.model.quantized import QuantizedLinear
 from lorakit.model.sites import Site
 
 ALL = slice(None)
@@ -105,6 +107,10 @@ class Copy(Layer):
 
     def forward(self, x: Tensor, base: nn.Module) -> Tensor:
         """Call the base with the copy's tensors in place of its own."""
+        if isinstance(base, QuantizedLinear):
+            weight = self.weight.t() if self.flipped else self.weight
+            bias = base.bias if self.bias is None else self.bias.to(x.dtype)
+            return functional.linear(x, weight.to(x.dtype), bias)
         theirs = dict(base.named_parameters())
         own = {name: mine.to(theirs[name].dtype) for name, mine in self.named_parameters()}
         out: Tensor = functional_call(base, own, (x,))
@@ -127,7 +133,10 @@ class Copy(Layer):
     @torch.no_grad()
     def fill(self, base: nn.Module) -> None:
         """Take the base's values."""
-        theirs = dict(base.named_parameters())
+        theirs: dict[str, Tensor] = dict(base.named_parameters())
+        if isinstance(base, QuantizedLinear):
+            dense = base.dense()
+            theirs["weight"] = dense.t() if self.flipped else dense
         for name, parameter in self.named_parameters():
             parameter.copy_(theirs[name])
 

@@ -21,7 +21,7 @@ from lorakit.adapters._layer import ALL, Adapted, parameter
 from lorakit.adapters._linear import LowRank, add_low_rank, added_to, low_rank_linear
 from lorakit.adapters._low_rank import Init, LoraLayer
 from lorakit.adapters.lora import LINEAR_PARTS, PEFT_FIXED, Lora
-from lorakit.model.frozen import dense_weight
+from lorakit.model.frozen import dense_weight, frozen_product
 from lorakit.model.sites import Kind, Site
 
 FOREIGN = ("use_dora", "peft_use_dora", "weight_decomposed")
@@ -55,7 +55,7 @@ class DoraLayer(LoraLayer):
         factor = self.magnitude / self.norm
         if self.training and self.dropout:
             seen = functional.dropout(x, self.dropout)
-            plain = functional.linear(seen, dense_weight(base))
+            plain = frozen_product(seen, base)
             turned = add_low_rank(plain, seen, self.update()) * factor
             y: Tensor = base(x) + (turned - plain).to(x.dtype)
             return y

@@ -16,6 +16,7 @@ from lorakit.evaluation.run import Task
 from lorakit.model import base as bases
 from lorakit.model.attention import can_pack
 from lorakit.model.base import Base
+from lorakit.model.quantized import Quantization
 from lorakit.model.sites import find_sites
 from lorakit.recipe.sections import Recipe
 from lorakit.runtime import Runtime, resolve_dtype, start
@@ -51,9 +52,12 @@ class Subject:
 
     def load(self, recipe: Recipe) -> PreTrainedModel:
         """Load the base and put the adapter onto it."""
-        attention = recipe.model.attention
         model = bases.load(
-            self.base, device=self.runtime.device, dtype=self.dtype, attention=attention
+            self.base,
+            device=self.runtime.device,
+            dtype=self.dtype,
+            attention=recipe.model.attention,
+            quantization=Quantization.of(recipe.model),
         )
         if self.saved:
             adapters.attach_saved(self.saved, model, find_sites(model))

@@ -6,7 +6,7 @@ finished configuration and a folder whose files were opened and compared with it
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,10 +27,13 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from lorakit.errors import BadInput, EnvironmentLacks, Notice
 from lorakit.model import attention as packed
-from lorakit.model import hub
+from lorakit.model import hub, local
 from lorakit.model.checks import check_finite, check_loaded, check_tensors
 from lorakit.model.config import attempt, check_config, read_config, read_generation
 from lorakit.model.gguf import read_gguf_config, reading
+from lorakit.model.quantized import Quantization, check_asked, check_installed
+from lorakit.model.quantizer import adopt, quantize, quantizing
+from lorakit.model.sites import find_sites
 from lorakit.model.tokenizer import files_sha256, read_tokenizer
 from lorakit.model.weights import Loaded, Weights, open_folder
 from lorakit.recipe import sections
@@ -65,6 +68,11 @@ class Base:
     def where(self) -> Path:
         """The folder or file that the base is in."""
         return self.folder or self.gguf or Path()
+
+    @property
+    def stored(self) -> Quantization | None:
+        """How the files hold the weights, None where they are dense."""
+        return Quantization.stored(self.config)
 
     @property
     def context(self) -> int | None:
@@ -137,7 +145,7 @@ def find(
         EnvironmentLacks: when the hub is needed and cannot be had.
     """
     code = section.trust_remote_code and allow_remote_code
-    place = _place(section.path, recipe_folder, cache)
+    place = local.place(section.path, recipe_folder, cache)
     if place and section.revision:
         raise BadInput(
             "recipe.conflict",
@@ -149,18 +157,21 @@ def find(
         config = read_gguf_config(place)
         check_config(config, str(place))
         generation = GenerationConfig.from_model_config(config)
+        check_asked(section, None)
         return Base(place.name, None, place, None, config, generation, notices=notices)
     name, revision, links_into = (place.resolve().name if place else section.path), None, None
     if not place:
-        _check_id(section.path, recipe_folder, cache)
+        local.check_id(section.path, recipe_folder, cache)
         place = hub.snapshot(section.path, section.revision, offline=offline, code=code)
         revision, links_into = place.name, place.parent.parent
     config = read_config(place, code_allowed=code, links_into=links_into)
     check_config(config, str(place))
     generation = read_generation(place, config, links_into=links_into)
     base = Base(name, place, None, revision, config, generation, code, links_into)
+    check_asked(section, base.stored)
     with base.weights() as weights:
-        notices += check_tensors(weights, skeleton(base), str(place))
+        if base.stored is None:
+            notices += check_tensors(weights, skeleton(base), str(place))
     return replace(base, notices=notices)
 
 
@@ -181,17 +192,26 @@ def skeleton(base: Base, task: str = "causal-lm") -> PreTrainedModel:
 
 
 def load(
-    base: Base, *, device: torch.device, dtype: torch.dtype, attention: Attention = "auto"
+    base: Base,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: Attention = "auto",
+    quantization: Quantization | None = None,
 ) -> PreTrainedModel:
     """Load a base with its weights: frozen, in eval mode, without a key-value cache by default.
+
+    Weights are quantised one by one as they are read, so that they are never all there in `dtype`;
+    those of a GGUF file are, in host memory. Weights that are stored quantised stay as they are.
 
     Raises:
         BadInput: `model.missing-tensor` or `model.shape-mismatch`.
         RunFailed: `model.not-finite`, or `model.damaged` for a GGUF file that cannot be read.
-        EnvironmentLacks: when flash attention is asked for and not installed.
+        EnvironmentLacks: when flash attention is asked for and not installed, or bitsandbytes.
     """
+    where, how = str(base.where), base.stored or quantization
     options: dict[str, Any] = {
-        "config": base.config,
+        "config": copy.deepcopy(base.config),
         "generation_config": base.generation,
         "dtype": dtype,
         "attn_implementation": _implementation(base, attention),
@@ -199,17 +219,29 @@ def load(
         "local_files_only": True,
         "output_loading_info": True,
     }
-    if device.type != "cpu":
+    check_installed(how)
+    if device.type != "cpu" and not (base.gguf and how):
         options["device_map"] = {"": device}
-    if base.gguf:
-        options |= {"gguf_file": base.gguf.name, "quantization_config": GgufConfig(dequantize=True)}
-    else:
-        options["use_safetensors"] = True
-    folder = base.folder or base.where.parent
-    with _no_progress_bars(), reading(base.gguf) if base.gguf else nullcontext():
-        model, info = _AUTO.from_pretrained(folder, **options)
-    check_loaded(info, str(base.where))
-    check_finite(model, str(base.where))
+    with ExitStack() as stack:
+        stack.enter_context(_no_progress_bars())
+        if base.gguf:
+            stack.enter_context(reading(base.gguf))
+            unpacked = GgufConfig(dequantize=True)
+            options |= {"gguf_file": base.gguf.name, "quantization_config": unpacked}
+        else:
+            options["use_safetensors"] = True
+            if how and not base.stored:
+                options["quantization_config"] = stack.enter_context(quantizing(how, where))
+        model, info = _AUTO.from_pretrained(base.folder or base.where.parent, **options)
+    check_loaded(info, where)
+    if base.stored and how:
+        adopt(model, find_sites(skeleton(base)), how)
+    check_finite(model, where)
+    if base.gguf and how:
+        quantize(model, how, device)
+    if getattr(model, "hf_quantizer", None):
+        # The quantised modules are ours: nothing is left that transformers need know.
+        model.hf_quantizer.remove_quantization_config(model)
     model.config.name_or_path = base.name
     model.config.use_cache = False
     loaded: PreTrainedModel = model.requires_grad_(False).eval()
@@ -243,36 +275,6 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
         code_allowed=base.remote_code,
         links_into=base.links_into,
     )
-
-
-def _place(path: str, recipe_folder: Path, cache: Path) -> Path | None:
-    """Return the folder or GGUF file that a path means, None when there is neither."""
-    wanted = Path(path).expanduser()
-    places = [recipe_folder / wanted]
-    if not wanted.is_absolute() and ".." not in wanted.parts:
-        places.append(cache / "models" / wanted)
-    for place in places:
-        if place.is_dir() or (place.is_file() and place.suffix == ".gguf"):
-            return place
-    if places[0].exists():
-        raise BadInput(
-            "model.not-found",
-            f"{path} is neither a model folder with config.json nor a .gguf file",
-            where=str(places[0]),
-        )
-    return None
-
-
-def _check_id(path: str, recipe_folder: Path, cache: Path) -> None:
-    """Refuse a text that names nothing here and cannot be a hub id."""
-    if not hub.is_id(path):
-        kind = "file" if path.endswith(".gguf") else "folder"
-        raise BadInput(
-            "model.not-found",
-            f"{kind} {path} does not exist (recipe's folder {recipe_folder}, cache {cache})",
-            where=path,
-            help="give a folder with config.json, a .gguf file, or a hub id such as org/name",
-        )
 
 
 def _code_notices(section: sections.Model, code: bool) -> tuple[Notice, ...]:

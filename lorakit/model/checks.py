@@ -81,7 +81,6 @@ def refuse_missing(names: Collection[str], where: str) -> None:
         )
 
 
-@torch.no_grad()
 def check_finite(model: PreTrainedModel, where: str) -> None:
     """Check that no weight is NaN or infinite.
 
@@ -89,16 +88,26 @@ def check_finite(model: PreTrainedModel, where: str) -> None:
         RunFailed: `model.not-finite`, with the first tensor and its count.
     """
     for name, tensor in model.state_dict().items():
-        # The sum is NaN or infinite if any value is, and costs no memory.
-        if not tensor.is_floating_point() or tensor.sum(dtype=torch.float32).isfinite():
-            continue
-        if count := int((~tensor.isfinite()).sum()):
-            raise RunFailed(
-                "model.not-finite",
-                f"{name} holds {count:,} values that are NaN or infinite",
-                where=where,
-                help="fetch the model again; its weights are damaged",
-            )
+        refuse_not_finite(name, tensor, where)
+
+
+@torch.no_grad()
+def refuse_not_finite(name: str, tensor: Tensor, where: str) -> None:
+    """Refuse a tensor with values that are NaN or infinite.
+
+    Raises:
+        RunFailed: `model.not-finite`, with their count.
+    """
+    # The sum is NaN or infinite if any value is, and costs no memory.
+    if not tensor.is_floating_point() or tensor.sum(dtype=torch.float32).isfinite():
+        return
+    if count := int((~tensor.isfinite()).sum()):
+        raise RunFailed(
+            "model.not-finite",
+            f"{name} holds {count:,} values that are NaN or infinite",
+            where=where,
+            help="fetch the model again; its weights are damaged",
+        )
 
 
 def _check_shape(name: str, found: Iterable[int], expected: Iterable[int], where: str) -> None:

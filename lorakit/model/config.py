@@ -32,6 +32,18 @@ MOST_LAYERS = 4096
 _KERNELS = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 _ALLOWED = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 _ALLOWED_EXPERTS = ("eager", "batched_mm", "grouped_mm")
+STORED = "quantization_config"
+# What is read of weights stored by bitsandbytes, with what may stand there.
+_BITSANDBYTES: Mapping[str, Callable[[Any], bool]] = {
+    "load_in_4bit": lambda value: isinstance(value, bool),
+    "load_in_8bit": lambda value: isinstance(value, bool),
+    "bnb_4bit_quant_type": lambda value: value in ("nf4", "fp4"),
+    "bnb_4bit_use_double_quant": lambda value: isinstance(value, bool),
+    "bnb_4bit_quant_storage": lambda value: value in ("uint8", "float16", "bfloat16", "float32"),
+    "llm_int8_skip_modules": lambda value: (
+        isinstance(value, list) and all(isinstance(name, str) for name in value)
+    ),
+}
 _WORDS = frozenset("remote kernel kernels import imports plugin plugins".split())
 _WEIGHTS = frozenset({"transformers_weights", "fusion_config", "distributed_config"})
 # Harmless once they are gone: lorakit makes these choices itself, or nothing reads them.
@@ -59,7 +71,8 @@ def read_config(folder: Path, *, code_allowed: bool, links_into: Path | None) ->
             help="a model folder holds config.json, *.safetensors and the tokenizer's files",
         )
     given = strict_json.read_object(path, "model")
-    values = cleaned(given, str(path))
+    stored = stored_quantized(given.pop(STORED, None), str(path))
+    values = cleaned(given, str(path)) | stored
     model_type = str(values.get("model_type"))
     own_code = given.get("auto_map")
     if own_code and code_allowed:
@@ -70,6 +83,8 @@ def read_config(folder: Path, *, code_allowed: bool, links_into: Path | None) ->
                 folder, trust_remote_code=True, local_files_only=True
             ),
         )
+        vars(config).pop(STORED, None)
+        config.update(stored)
         return config
     if model_type not in CONFIG_MAPPING:
         if own_code:
@@ -146,6 +161,35 @@ def cleaned(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {key: _without(value) for key, value in values.items() if not _DROPPED.fullmatch(key)}
 
 
+def stored_quantized(given: Any, where: str) -> dict[str, Any]:
+    """Return what `quantization_config` says of weights that bitsandbytes has quantised.
+
+    Raises:
+        BadInput: `model.bad-config` for any other way to quantise, or for wrong values.
+    """
+    if not given:
+        return {}
+    values = given if isinstance(given, dict) else {}
+    bits = [bits for bits in (4, 8) if values.get(f"load_in_{bits}bit") is True]
+    method = printable(str(values.get("quant_method", "bitsandbytes" if bits else "unknown")))
+    if method != "bitsandbytes" or len(bits) != 1 or values.get("llm_int8_has_fp16_weight"):
+        raise BadInput(
+            "model.bad-config",
+            f"{STORED}: the weights are stored quantised by {method}, which cannot be adapted",
+            where=where,
+            help="use the model it was made from, with model.quantization: nf4",
+        )
+    kept = {key: values[key] for key in _BITSANDBYTES if values.get(key) is not None}
+    for key, value in kept.items():
+        if not _BITSANDBYTES[key](value):
+            raise BadInput(
+                "model.bad-config",
+                f"{STORED}: {key}: found {printable(strict_json.dumps_line(value))}",
+                where=where,
+            )
+    return {STORED: {"quant_method": method, **kept}}
+
+
 def _check_entry(key: str, value: Any, where: str) -> None:
     shown = f"{printable(key)}: {printable(strict_json.dumps_line(value))}"
 
@@ -157,13 +201,8 @@ def _check_entry(key: str, value: Any, where: str) -> None:
         for one in value.values() if isinstance(value, dict) else [value]:
             if one is not None and one not in allowed:
                 raise refused(f"could load code; expected {one_of(allowed)}")
-    elif key == "quantization_config" and value:
-        raise BadInput(
-            "model.bad-config",
-            f"{shown}: the weights are stored quantised, which cannot be adapted",
-            where=where,
-            help="use the model it was made from",
-        )
+    elif key == STORED and value:
+        raise refused("would quantise a part of the model")
     elif key in _WEIGHTS and value:
         raise refused("would choose how and from where weights are loaded")
     elif _WORDS & set(key.split("_")) and (isinstance(value, str | dict) and value):

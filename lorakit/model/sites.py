@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit.errors import BadInput, Notice, Place
 from lorakit.model.patterns import PREFIX, matching
+from lorakit.model.quantized import QuantizedLinear
 from lorakit.storage.redact import printable
 
 Kind = Literal["linear", "conv1d", "embedding", "norm", "block"]
@@ -196,6 +197,8 @@ def _shape(module: nn.Module) -> tuple[Kind, int, int] | None:
         return "linear", module.in_features, module.out_features
     if isinstance(module, Conv1D):
         return "conv1d", module.nx, module.nf
+    if isinstance(module, QuantizedLinear):
+        return module.kind, module.inputs, module.outputs
     if isinstance(module, nn.Embedding):
         return "embedding", module.num_embeddings, module.embedding_dim
     tensors = dict(module.named_parameters(recurse=False))

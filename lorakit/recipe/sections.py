@@ -74,7 +74,13 @@ class Model(Section):
 
     path: str = Field(min_length=1, description="hub id, local folder, or a .gguf file")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
-    quantization: Literal["none"] = Field("none", description="how base weights are stored")
+    quantization: Literal["none", "nf4", "fp4", "int8"] = Field(
+        "none", description="how the frozen weights of the decoder's layers are held; see `dtype`"
+    )
+    double_quant: bool = Field(
+        True,
+        description="of nf4 and fp4: hold the scales in 8 bits, which saves 0.37 bits a weight",
+    )
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="auto: bf16 where that is fast, else fp16 on a GPU, fp32 on a CPU"
     )

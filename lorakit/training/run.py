@@ -12,6 +12,7 @@ from lorakit import adapters
 from lorakit.adapters import Method
 from lorakit.model import base as base_models
 from lorakit.model.checkpointing import checkpoint_layers
+from lorakit.model.quantized import Quantization
 from lorakit.processes import Stop
 from lorakit.runtime import Runtime, make_deterministic
 from lorakit.training import checkpoint, optim, passports
@@ -78,7 +79,11 @@ def prepare(plan: Plan, runtime: Runtime, folder: RunFolder, reporter: Reporter,
     if settings.deterministic:
         make_deterministic()
     model = base_models.load(
-        plan.base, device=runtime.device, dtype=plan.dtype, attention=plan.recipe.model.attention
+        plan.base,
+        device=runtime.device,
+        dtype=plan.dtype,
+        attention=plan.recipe.model.attention,
+        quantization=Quantization.of(plan.recipe.model),
     )
     resume, sites = folder.resume, list(plan.sites)
     if resume:

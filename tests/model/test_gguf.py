@@ -8,6 +8,8 @@ import torch
 
 from lorakit.errors import BadInput, LorakitError, RunFailed
 from lorakit.model import base
+from lorakit.model.quantized import Quantization
+from lorakit.model.quantizer import quantizable, quantize
 from tests.model.finding import find, load
 from tests.tiny import VOCABULARY, tiny_model, tiny_tokenizer
 
@@ -137,3 +139,17 @@ def test_fingerprints_of_files_differ(file: Path) -> None:
     content[-1] ^= 1
     file.write_bytes(content)
     assert find(file).fingerprint != before
+
+
+def test_it_is_quantised_after_it_was_unpacked(file: Path) -> None:
+    found, how = find(file), Quantization("nf4")
+    dense, held = load(found), load(found, quantization=how)
+    sites = quantizable(dense)
+    quantize(dense, how, torch.device("cpu"))
+    assert len(sites) == 14
+    for site in sites:
+        assert torch.equal(
+            held.get_submodule(site.name).dense(), dense.get_submodule(site.name).dense()
+        )
+    ids = torch.arange(3, 12)[None]
+    assert torch.equal(held(input_ids=ids).logits, dense(input_ids=ids).logits)

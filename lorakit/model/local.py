@@ -1,0 +1,44 @@
+"""Models on this machine: the folder or file that a recipe's path means."""
+
+from pathlib import Path
+
+from lorakit.errors import BadInput
+from lorakit.model import hub
+
+
+def place(path: str, recipe_folder: Path, cache: Path) -> Path | None:
+    """Return the folder or GGUF file that a path means, None when there is neither.
+
+    Raises:
+        BadInput: `model.not-found` when there is something else.
+    """
+    wanted = Path(path).expanduser()
+    places = [recipe_folder / wanted]
+    if not wanted.is_absolute() and ".." not in wanted.parts:
+        places.append(cache / "models" / wanted)
+    for one in places:
+        if one.is_dir() or (one.is_file() and one.suffix == ".gguf"):
+            return one
+    if places[0].exists():
+        raise BadInput(
+            "model.not-found",
+            f"{path} is neither a model folder with config.json nor a .gguf file",
+            where=str(places[0]),
+        )
+    return None
+
+
+def check_id(path: str, recipe_folder: Path, cache: Path) -> None:
+    """Refuse a text that names nothing here and cannot be a hub id.
+
+    Raises:
+        BadInput: `model.not-found`.
+    """
+    if not hub.is_id(path):
+        kind = "file" if path.endswith(".gguf") else "folder"
+        raise BadInput(
+            "model.not-found",
+            f"{kind} {path} does not exist (recipe's folder {recipe_folder}, cache {cache})",
+            where=path,
+            help="give a folder with config.json, a .gguf file, or a hub id such as org/name",
+        )
