@@ -1,15 +1,19 @@
 """Tiny models with adapters on them, for the tests of this folder."""
 
+import copy
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lorakit import adapters
 from lorakit.adapters import Method
+from lorakit.model.quantized import Quantization, QuantizedLinear
+from lorakit.model.quantizer import quantize
 from lorakit.model.sites import Site, find_sites
 from tests.tiny import VOCABULARY, tiny_model
 
@@ -23,6 +27,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "ia3": {},
     "prefix": {"tokens": 5},
 }
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 # A rate at which the method learns within a few steps.
 RATES = {"ia3": 0.1, "prefix": 0.05}
 
@@ -47,6 +52,34 @@ def adapted(
 ) -> Triple:
     """Return a tiny model with a fresh adapter."""
     return put_on(tiny_model(family, seed=base_seed), name, seed=seed, **settings)
+
+
+def base_of(family: str, held: str = "fp32", seed: int = 0) -> PreTrainedModel:
+    """Return a tiny model whose weights are dense in a dtype, or held quantised for fp32."""
+    if held in DTYPES:
+        return tiny_model(family, seed=seed, dtype=DTYPES[held])
+    model = tiny_model(family, seed=seed)
+    quantize(model, Quantization(held), torch.device("cpu"))
+    return model
+
+
+def dense(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy of a model whose weights are all dense."""
+    model = copy.deepcopy(model)
+    for site in find_sites(model):
+        held = model.get_submodule(site.name)
+        if not isinstance(held, QuantizedLinear):
+            continue
+        plain = (
+            Conv1D(site.outputs, site.inputs)
+            if site.kind == "conv1d"
+            else nn.Linear(site.inputs, site.outputs)
+        )
+        weight = held.dense().clone()
+        plain.weight = nn.Parameter(weight.t().contiguous() if site.kind == "conv1d" else weight)
+        plain.bias = held.bias
+        model.set_submodule(site.name, plain.requires_grad_(False))
+    return model
 
 
 def ids(rows: int = 3, tokens: int = 11, seed: int = 5) -> Tensor:

@@ -1,16 +1,21 @@
-"""What every method must do, on every family, in fp32 and bf16."""
+"""What every method must do, on every family, in fp32, in bf16 and on a 4-bit base."""
 
 import hashlib
+import math
 
 import pytest
 import torch
 
 from lorakit import adapters
 from lorakit.errors import BadInput
+from lorakit.model.checkpointing import checkpoint_layers
+from lorakit.model.quantized import QuantizedLinear
 from lorakit.model.sites import find_sites
 from tests.adapters.adapted import (
     SMALL,
     adapted,
+    base_of,
+    dense,
     distance,
     logits,
     loss,
@@ -22,7 +27,7 @@ from tests.adapters.adapted import (
 from tests.tiny import FAMILIES, tiny_model
 
 METHODS = adapters.names()
-DTYPES = (torch.float32, torch.bfloat16)
+HELD = ("fp32", "bf16", "nf4")
 # Forward against merged forward through a whole tiny model (measured: 4e-7 and 1e-2).
 BOUNDS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 3e-2}
 OF_SITES = [name for name in METHODS if adapters.get(name).mergeable]
@@ -33,8 +38,8 @@ def family(request):
     return request.param
 
 
-@pytest.fixture(params=DTYPES, ids=["fp32", "bf16"])
-def dtype(request):
+@pytest.fixture(params=HELD)
+def held(request):
     return request.param
 
 
@@ -62,15 +67,15 @@ def test_all_methods_are_listed():
 
 
 @pytest.mark.parametrize("name", [n for n in METHODS if n != "prefix"])
-def test_a_fresh_adapter_is_the_base(family, name, dtype):
-    base = tiny_model(family, dtype=dtype)
+def test_a_fresh_adapter_is_the_base(family, name, held):
+    base = base_of(family, held)
     before = logits(base)
     model, _, _ = put_on(base, name)
     assert torch.equal(logits(model), before)
 
 
-def test_every_tensor_learns_and_the_base_stays(family, name, dtype):
-    model, method, _ = put_on(tiny_model(family, dtype=dtype), name)
+def test_every_tensor_learns_and_the_base_stays(family, name, held):
+    model, method, _ = put_on(base_of(family, held), name)
     before = digest(model)
     tensors = adapters.trainable(model)
     assert tensors
@@ -91,8 +96,8 @@ def test_every_tensor_learns_and_the_base_stays(family, name, dtype):
     assert digest(model) == before
 
 
-def test_switched_off_it_is_the_base_bit_for_bit(family, name, dtype):
-    base = tiny_model(family, dtype=dtype)
+def test_switched_off_it_is_the_base_bit_for_bit(family, name, held):
+    base = base_of(family, held)
     before = logits(base)
     model, method, _ = put_on(base, name)
     scramble(model, method)
@@ -103,11 +108,12 @@ def test_switched_off_it_is_the_base_bit_for_bit(family, name, dtype):
     assert distance(changed, before) > 1e-3
 
 
-def test_saved_and_read_onto_the_same_base_it_is_the_same(family, name, tmp_path):
-    model, method, sites = adapted(family, name, seed=1)
+@pytest.mark.parametrize("held", ["fp32", "nf4"])
+def test_saved_and_read_onto_the_same_base_it_is_the_same(family, name, held, tmp_path):
+    model, method, sites = put_on(base_of(family, held), name, seed=1)
     scramble(model, method)
     adapters.save(tmp_path / "adapter", method, model, sites, {"steps": 3})
-    again = tiny_model(family)
+    again = base_of(family, held)
     restored = adapters.attach_saved(adapters.read(tmp_path / "adapter"), again, find_sites(again))
     assert restored.name() == name
     assert torch.equal(logits(again), logits(model))
@@ -128,17 +134,18 @@ def test_the_seed_alone_decides_the_start(family, name):
 
 
 @pytest.mark.parametrize("name", OF_SITES)
-@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=["fp64", "fp32", "bf16"])
-def test_merged_weights_do_what_the_adapter_does(family, name, dtype, tmp_path):
-    model, method, sites = put_on(tiny_model(family, dtype=dtype), name)
+@pytest.mark.parametrize("held", ["fp64", *HELD])
+def test_merged_weights_do_what_the_adapter_does(family, name, held, tmp_path):
+    base = base_of(family, held)
+    merged = dense(base)
+    model, method, sites = put_on(base, name)
     scramble(model, method, size=0.05)
     expected = logits(model)
-    merged = tiny_model(family, dtype=dtype)
     for path, layer in method.layers(sites).items():
         own = model.get_submodule(path).adapter
         assert own.tensors().keys() == layer.tensors().keys()
         merge_into(merged, path, own)
-    assert distance(logits(merged), expected) <= BOUNDS[dtype]
+    assert distance(logits(merged), expected) <= BOUNDS[merged.dtype]
 
 
 def merge_into(model, path, layer):
@@ -210,10 +217,9 @@ def test_schedule_state_survives(name):
     assert again.state() == method.state()
 
 
-def test_gradients_are_the_same_when_layers_are_recomputed(family, name):
-    from lorakit.model.checkpointing import checkpoint_layers
-
-    model, method, _ = adapted(family, name)
+@pytest.mark.parametrize("held", ["fp32", "nf4"])
+def test_gradients_are_the_same_when_layers_are_recomputed(family, name, held):
+    model, method, _ = put_on(base_of(family, held), name)
     scramble(model, method)
     grads = []
     for count in (0, None):
@@ -223,3 +229,35 @@ def test_gradients_are_the_same_when_layers_are_recomputed(family, name):
         for tensor in adapters.trainable(model).values():
             tensor.grad = None
     assert all(torch.equal(grad, grads[1][key]) for key, grad in grads[0].items())
+
+
+def test_gradients_on_a_quantised_base_are_those_on_the_dense_weight(family, name, monkeypatch):
+    base = base_of(family, "nf4")
+    expected = gradients(dense(base), name)
+    made, last = QuantizedLinear.dense, []
+
+    def spoiling(module):
+        """Return the weight where it holds until the next call, as one buffer for all does."""
+        for tensor in last:
+            tensor.fill_(math.nan)
+        last[:] = [made(module)]
+        return last[0]
+
+    monkeypatch.setattr(QuantizedLinear, "dense", spoiling)
+    found = gradients(base, name)
+    assert len(last) == 1
+    assert found.keys() == expected.keys()
+    for key, grad in found.items():
+        assert grad.any()
+        assert distance(grad, expected[key]) <= 2e-6, key
+
+
+def gradients(model, name):
+    """Return the gradients of an adapter with dropout, where the method has it."""
+    settings = {"dropout": 0.1} if "dropout" in adapters.get(name).Settings.model_fields else {}
+    model, method, _ = put_on(model, name, **settings)
+    scramble(model, method)
+    adapters.set_training(model, True)
+    torch.manual_seed(7)
+    loss(model).backward()
+    return {key: tensor.grad for key, tensor in adapters.trainable(model).items()}

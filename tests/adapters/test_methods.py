@@ -16,6 +16,7 @@ from lorakit.model.loss import token_loss
 from lorakit.model.sites import find_sites
 from tests.adapters.adapted import (
     adapted,
+    base_of,
     distance,
     ids,
     logits,
@@ -231,6 +232,22 @@ def test_copies_are_trained_in_place_of_the_base(tmp_path):
     assert "model.norm.weight" in trained
     with adapters.switched_off(model):
         assert torch.equal(logits(model), start)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_copy_of_a_quantised_weight_starts_as_the_dense_one(family, tmp_path):
+    base = base_of(family, "nf4")
+    before = logits(base)
+    copied = ["c_attn", "lm_head"] if family == "gpt2" else ["v_proj", "lm_head"]
+    targets = ["c_fc"] if family == "gpt2" else ["q_proj"]
+    model, method, sites = put_on(base, "lora", target_modules=targets, modules_to_save=copied)
+    assert distance(logits(model), before) < 1e-6
+    losses = list(train(model, method, steps=6))
+    assert losses[-1] < losses[0] - 0.02
+    adapters.save(tmp_path / "adapter", method, model, sites, {})
+    again = base_of(family, "nf4")
+    adapters.attach_saved(adapters.read(tmp_path / "adapter"), again, find_sites(again))
+    assert torch.equal(logits(again), logits(model))
 
 
 @pytest.mark.parametrize("end", ["lm_head", "embed_tokens"])
