@@ -156,6 +156,7 @@ class Notice:
         adapter.base-unknown adapter.no-passport adapter.unknown-setting
         recipe.unusual-value
         target.uneven run.packing-off model.unused-tensors
+        model.quantized-on-cpu model.experts-dense
         """.split()
     )
 

@@ -78,6 +78,7 @@ def _answered(
     from lorakit.adapters import attach_saved, switched_off
     from lorakit.evaluation import generation, prompts
     from lorakit.model.base import load
+    from lorakit.model.quantized import Quantization
     from lorakit.model.sites import find_sites
     from lorakit.runtime import resolve_dtype, start
 
@@ -95,7 +96,9 @@ def _answered(
     )
     device = start().device
     dtype = resolve_dtype(recipe.get("model", {}).get("dtype", "auto"), device)
-    model = load(base, device=device, dtype=dtype)
+    if how := base.stored or Quantization.recorded(passport):
+        screen.say(f"The base is held as in training: {how}")
+    model = load(base, device=device, dtype=dtype, quantization=how)
     attach_saved(saved, model, find_sites(model))
     ids, stops = [one.ids for one in asked], ends | generation.stop_ids(model, tokenizer)
     with screen.progress("Generating", len(asked) * (1 + compare)) as advance:

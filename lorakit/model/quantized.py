@@ -8,9 +8,10 @@
 bitsandbytes quantises and dequantises. It takes seconds to import, which others need not wait for.
 """
 
+from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,21 @@ class Quantization(NamedTuple):
             return cls("int8")
         double = bool(given.get("bnb_4bit_use_double_quant", False))
         return cls(given.get("bnb_4bit_quant_type", "fp4"), double)
+
+    @staticmethod
+    def record(how: "Quantization | None") -> dict[str, Any]:
+        """Return what an adapter's passport says of the base that it was trained on."""
+        return (
+            {"quantization": how.form, "double_quant": how.double}
+            if how
+            else {"quantization": "none"}
+        )
+
+    @classmethod
+    def recorded(cls, passport: Mapping[str, Any]) -> "Quantization | None":
+        """Return how the base was held that an adapter was trained on."""
+        form: Any = passport.get("quantization")
+        return cls(form, passport.get("double_quant") is True) if form in get_args(Form) else None
 
     def __str__(self) -> str:
         return self.form if self.form == "int8" or not self.double else f"{self.form}, double"

@@ -17,6 +17,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lorakit.errors import Notice
 from lorakit.model.checks import refuse_not_finite
 from lorakit.model.quantized import INT8_STEPS, Quantization, QuantizedLinear, Scratch
 from lorakit.model.sites import Site, find_sites
@@ -45,6 +46,26 @@ def quantizable(model: PreTrainedModel) -> list[Site]:
         and not fp32 & set(site.name.split("."))
         and site.inputs % 2 == 0  # two values share a byte
     ]
+
+
+def notices_of(model: PreTrainedModel, how: Quantization, device: torch.device) -> list[Notice]:
+    """Return what a user should know before a model of this shape is quantised."""
+    notices = []
+    if device.type == "cpu":
+        message = (
+            f"on a CPU {how.form} saves memory, not time: steps of SmolLM2 took 1.2 to 1.4 times as"
+            " long as with dense weights at 64 tokens, 1.0 to 1.2 at 512; quantising it took 4 s"
+        )
+        notices.append(Notice("model.quantized-on-cpu", message))
+    experts = sum(p.numel() for p in model.parameters() if p.dim() > 2)
+    total = sum(p.numel() for p in model.parameters())
+    if experts > total / 10:
+        message = (
+            f"{100 * experts / total:.0f} % of the parameters are experts that are one tensor a "
+            "layer; they stay dense"
+        )
+        notices.append(Notice("model.experts-dense", message))
+    return notices
 
 
 def swap(

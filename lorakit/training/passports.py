@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 from lorakit import __version__
+from lorakit.model.quantized import Quantization
 from lorakit.recipe.sections import Recipe
 from lorakit.runtime import Runtime
 from lorakit.storage.hashing import sha256_json
@@ -40,7 +41,7 @@ def of_run(plan: Plan, state: State) -> dict[str, Any]:
         "data": plan.dataset.report.facts(),
         "template_sha256": sha256_json(plan.dataset.chat_template),
         "base": plan.base.facts(),
-        "quantization": plan.recipe.model.quantization,
+        **Quantization.record(plan.quantization),
         "dtype": str(plan.dtype).removeprefix("torch."),
         "seed": plan.recipe.seed,
         "versions": versions(),

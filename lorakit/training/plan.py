@@ -20,6 +20,8 @@ from lorakit.errors import BadInput, Notice
 from lorakit.model import base as base_models
 from lorakit.model.attention import can_pack
 from lorakit.model.base import Base
+from lorakit.model.quantized import Quantization
+from lorakit.model.quantizer import notices_of
 from lorakit.model.sites import Site, find_sites, uneven
 from lorakit.recipe.rules import unusual
 from lorakit.recipe.sections import Recipe
@@ -75,6 +77,11 @@ class Plan:
         return self.memory.total <= self.free_bytes
 
     @property
+    def quantization(self) -> Quantization | None:
+        """How the base's weights are held; None where they are dense."""
+        return self.base.stored or Quantization.of(self.recipe.model)
+
+    @property
     def servable(self) -> dict[str, str]:
         """What serves the adapter when it is trained, or why not, while it can be changed."""
         return self.method.servable(self.sites)
@@ -92,6 +99,7 @@ class Plan:
             "trainable": self.trainable,
             "total": self.total,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "quantization": str(self.quantization or "none"),
             "gradient_checkpointing": self.checkpointing,
             "rows": len(self.dataset.train),
             "eval_rows": len(self.dataset.eval),
@@ -117,9 +125,10 @@ class Plan:
         parts = "  ".join(f"{name} {size / GIB:.2f}" for name, size in self.memory.parts.items())
         fits = "yes" if self.fits else "NO"
         dtype = str(self.dtype).removeprefix("torch.")
+        held = f"  {self.quantization}" if self.quantization else ""
         return [
             ("Recipe", f"{recipe.origin.path} (valid)"),
-            ("Base", f"{self.base.name}  {self.total / 1e6:,.1f} M parameters  {dtype}"),
+            ("Base", f"{self.base.name}  {self.total / 1e6:,.1f} M parameters  {dtype}{held}"),
             ("Adapter", f"{recipe.adapter.method}  {groups[0]}"),
             *(("", line) for line in groups[1:]),
             (
@@ -172,6 +181,8 @@ def make(
     # What is saved beside the adapter is the template that its rows were rendered with.
     tokenizer.chat_template = dataset.chat_template
     notices = [*base.notices, *unusual(recipe), *coverage, *dataset.notices]
+    if how := base.stored or Quantization.of(recipe.model):
+        notices += notices_of(skeleton, how, runtime.device)
     packing: Packing = recipe.data.packing
     if packing and (reason := _cannot_pack(method, skeleton)):
         if "packing" in recipe.data.model_fields_set:

@@ -12,7 +12,6 @@ from lorakit import adapters
 from lorakit.adapters import Method
 from lorakit.model import base as base_models
 from lorakit.model.checkpointing import checkpoint_layers
-from lorakit.model.quantized import Quantization
 from lorakit.processes import Stop
 from lorakit.runtime import Runtime, make_deterministic
 from lorakit.training import checkpoint, optim, passports
@@ -83,7 +82,7 @@ def prepare(plan: Plan, runtime: Runtime, folder: RunFolder, reporter: Reporter,
         device=runtime.device,
         dtype=plan.dtype,
         attention=plan.recipe.model.attention,
-        quantization=Quantization.of(plan.recipe.model),
+        quantization=plan.quantization,
     )
     resume, sites = folder.resume, list(plan.sites)
     if resume:

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lorakit.cli.app import app
-from lorakit.model import base
+from lorakit.model import base, quantized
 from lorakit.runtime import Runtime
 from tests.tiny import write_tiny_model
 
@@ -81,4 +81,23 @@ def test_an_attention_that_is_not_installed_is_told_before_anything_is_written(
         ended = runner.invoke(app, [name, recipe, *changes, "--json"])
         assert ended.exit_code == 4
         assert json.loads(ended.stdout)["error"]["id"] == "env.missing-package"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_4_bit_base_is_planned_and_needs_bitsandbytes(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = ["-s", "model.quantization=nf4", "-s", f"output_dir={tmp_path / 'run'}"]
+    ended = runner.invoke(app, ["plan", recipe, *changes])
+    assert ended.exit_code == 0, ended.stderr
+    assert "float32  nf4, double" in ended.stdout
+    assert "on a CPU nf4 saves memory, not time" in " ".join(ended.stderr.split())
+    monkeypatch.setattr(quantized, "find_spec", lambda name: None)
+    for name in ("plan", "train"):
+        ended = runner.invoke(app, [name, recipe, *changes, "--json"])
+        assert ended.exit_code == 4
+        error = json.loads(ended.stdout)["error"]
+        assert error["id"] == "env.missing-package"
+        assert "model.quantization: bitsandbytes" in error["message"]
+        assert "pip install" in error["hint"]
     assert not (tmp_path / "run").exists()

@@ -125,6 +125,25 @@ def test_generate_sees_the_system_message_of_the_training(run: Any):
     assert answer() != answer("--system", "Be very long about it, and never stop.")
 
 
+def test_an_adapter_trained_on_4_bits_is_measured_and_answers_on_4_bits(run: Any, folder: Path):
+    loss = {}
+    for form in ("none", "nf4"):
+        told = run("eval", "pass.yaml", "--json", "-s", f"model.quantization={form}")
+        assert told.exit_code == 0, told.output
+        loss[form] = json.loads(told.stdout)["metrics"]["loss"]["base"]
+    assert loss["none"] != loss["nf4"]
+    dense = run("generate", "run", "what is 2?", "--max-new-tokens", "5")
+    assert "held as in training" not in dense.stderr
+    passport = folder / "run" / "adapter" / "lorakit.json"
+    before = passport.read_text()
+    trained = json.loads(before) | {"quantization": "nf4", "double_quant": True}
+    passport.write_text(json.dumps(trained))
+    held = run("generate", "run", "what is 2?", "--max-new-tokens", "5")
+    passport.write_text(before)
+    assert held.exit_code == 0, held.output
+    assert "The base is held as in training: nf4, double" in held.stderr
+
+
 def test_merge_finds_the_base_and_tells_what_it_checked(run: Any, folder: Path):
     result = run("merge", "run", "--out", "merged")
     assert result.exit_code == 0, result.output

@@ -25,6 +25,7 @@ from lorakit.training.folder import Mode
 from lorakit.training.plan import Permissions, make
 from lorakit.training.progress import Reporter, StepRecord
 from lorakit.training.run import Outcome
+from tests.model.finding import find
 from tests.tiny import write_tiny_model
 
 ALONE = Runtime(torch.device("cpu"))
@@ -76,12 +77,13 @@ def carry_out(
     """Run a recipe over the tiny model; return the outcome, the records and the saved adapter."""
     data = train.pop("data", {})
     adapter = train.pop("adapter", {"rank": 4})
+    model = train.pop("model", {})
     settings = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-2, "warmup": 0.0} | train
     recipe_file = out.with_suffix(".yaml")
     recipe_file.write_text(
         yaml.safe_dump(
             {
-                "model": {"path": str(folder / "model"), "dtype": "fp32"},
+                "model": {"path": str(folder / "model"), "dtype": "fp32"} | model,
                 "adapter": adapter,
                 "data": {"train": str(folder / "rows.jsonl"), "eval": 0.2, "max_length": 128}
                 | data,
@@ -164,6 +166,25 @@ def test_a_resumed_run_ends_bit_equal_to_an_uninterrupted_one(
     assert records[0].step == 3
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_on_a_4_bit_base_it_resumes_and_remembers_the_original(
+    folder: Path, tmp_path: Path
+) -> None:
+    nf4 = {"model": {"quantization": "nf4"}}
+    _, records, whole = carry_out(folder, tmp_path / "whole", **nf4)
+    assert records[-1].loss < records[0].loss
+    with pytest.raises(Interrupted, match="step 2"):
+        carry_out(folder, tmp_path / "cut", stop_after=2, **nf4)
+    with pytest.raises(BadInput, match=r"model\.quantization was 'nf4' and is 'none'"):
+        carry_out(folder, tmp_path / "cut", "resume")
+    _, _, resumed = carry_out(folder, tmp_path / "cut", "resume", **nf4)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    passport = json.loads((tmp_path / "whole" / "adapter" / "lorakit.json").read_text())
+    assert (passport["quantization"], passport["double_quant"]) == ("nf4", True)
+    assert passport["base"]["fingerprint"] == find(folder / "model").fingerprint
+    _, dense, _ = carry_out(folder, tmp_path / "dense", max_steps=1)
+    assert dense[0].loss != records[0].loss
 
 
 def test_a_changed_recipe_is_not_resumed(folder: Path, tmp_path: Path) -> None:
