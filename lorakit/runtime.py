@@ -4,6 +4,7 @@ The only place that asks which device is there or how many processes take part. 
 the path of eight: a sum over one process is the value itself.
 """
 
+import ctypes
 import os
 import re
 import resource
@@ -25,6 +26,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Of <malloc.h>: sizes from which memory is mapped apart, and from which it is given back.
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 # A collective that takes longer means that another process hangs.
 PATIENCE = timedelta(minutes=30)
 
@@ -106,6 +109,7 @@ def start() -> Runtime:
     local = int(environment.variable("LOCAL_RANK") or 0)
     if not environment.variable("OMP_NUM_THREADS"):
         torch.set_num_threads(max(1, usable_cores() // processes))
+    _keep_freed_memory()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
@@ -254,6 +258,18 @@ def background(threads: int) -> Iterator[ThreadPoolExecutor]:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library keep what is freed, where it is glibc.
+
+    Every step frees and takes the same tensors. Given back, their pages are cleared by the kernel
+    each time anew (measured: gates and norms 4 to 5 times slower, a step of 135M about a tenth).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def usable_cores() -> int:

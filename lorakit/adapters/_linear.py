@@ -23,6 +23,8 @@ from lorakit.model.elementwise import Itself, Source
 from lorakit.model.frozen import dense_weight, is_frozen_linear
 
 ITSELF = Itself()
+# Devices on which a dropout mask is kept for the backward pass instead of being drawn again.
+MASKS_KEPT = {"cpu"}
 
 
 class LowRank(NamedTuple):
@@ -111,7 +113,8 @@ class _Products(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, added: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
         inputs = [_flat(tensor) for tensor in tensors[: call.arity]]
         x, kept = call.source.forward(*inputs)
-        masks = [_mask(x, call.dropout) for _ in call.updates] if call.dropout else []
+        drawn = [_drawn(x, call.dropout) for _ in call.updates] if call.dropout else []
+        masks = [_mask(one, x.shape, x.device, call.dropout) for one in drawn]
         narrow = _narrow(x, call.updates, masks)
         outs, each = [], iter(narrow)
         for base, update in call.of:
@@ -124,21 +127,26 @@ class _Products(torch.autograd.Function):
         # A plain x serves the gradients of the A's alone: where none is trained it is not kept.
         if isinstance(call.source, Itself) and not any(ctx.needs_input_grad[2 + call.arity :: 2]):
             inputs = []
-        groups = inputs, kept, narrow, masks
+        groups = inputs, kept, narrow, drawn
         ctx.save_for_backward(*(tensor for group in groups for tensor in group))
         ctx.sizes = [len(group) for group in groups]
-        ctx.call, ctx.shapes = call, [tensor.shape for tensor in tensors[: call.arity]]
+        ctx.call, ctx.seen, ctx.shapes = (
+            call,
+            x.shape,
+            [tensor.shape for tensor in tensors[: call.arity]],
+        )
         return tuple(outs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         call, saved = ctx.call, iter(ctx.saved_tensors)
-        inputs, kept, narrow, masks = ([next(saved) for _ in range(n)] for n in ctx.sizes)
+        inputs, kept, narrow, drawn = ([next(saved) for _ in range(n)] for n in ctx.sizes)
         _, need_added, *needs = ctx.needs_input_grad
         need_x, need_factors = any(needs[: call.arity]), needs[call.arity :]
         need_A, need_B = any(need_factors[::2]), any(need_factors[1::2])
         G = [_flat(grad) for grad in grads]
+        masks = [_mask(one, ctx.seen, G[0].device, call.dropout) for one in drawn]
         of = [(g, update) for g, (_, update) in zip(G, call.of, strict=True) if update]
         Q = [g @ (update.B * call.scale(update)).to(g.dtype) for g, update in of]
         x: Tensor | None = None
@@ -167,9 +175,20 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def _mask(x: Tensor, dropout: float) -> Tensor:
-    """Draw which entries of x an update sees."""
-    return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout)
+def _drawn(x: Tensor, dropout: float) -> Tensor:
+    """Draw what is kept of a mask: the mask where drawing is slow, else a seed on the host."""
+    if x.device.type in MASKS_KEPT:
+        return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout)
+    return torch.randint(2**62, ())
+
+
+def _mask(drawn: Tensor, shape: torch.Size, device: torch.device, dropout: float) -> Tensor:
+    """Return which entries of x (rows, inputs) an update sees; from a seed, the same each time."""
+    if drawn.ndim:
+        return drawn
+    generator = torch.Generator(device).manual_seed(int(drawn))
+    mask = torch.empty(shape, dtype=torch.bool, device=device)
+    return mask.bernoulli_(1 - dropout, generator=generator)
 
 
 def _linear(x: Tensor, base: nn.Module, added: Tensor | None) -> Tensor:

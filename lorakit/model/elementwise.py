@@ -20,10 +20,26 @@ R = TypeVar("R")
 _fuses = False
 
 
-def fuse_kernels(on: bool) -> None:
-    """Let torch.compile make one kernel of each function here, or run them as they stand."""
+def fuse_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Let torch.compile make one kernel of each function here; return why not, after a trial.
+
+    Then, and after `keep_kernels_apart`, the functions run as they stand.
+    """
     global _fuses
-    _fuses = on
+    _fuses = True
+    try:
+        trial = torch.ones(4, 8, device=device, dtype=dtype)
+        silu_gate(trial, trial)
+    except Exception as error:  # a missing compiler shows itself in many ways
+        _fuses = False
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return None
+
+
+def keep_kernels_apart() -> None:
+    """Run the functions here as they stand."""
+    global _fuses
+    _fuses = False
 
 
 def _fusable(function: Callable[P, R]) -> Callable[P, R]:

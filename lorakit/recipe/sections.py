@@ -183,6 +183,10 @@ class Train(Section):
     gradient_checkpointing: bool | Literal["auto"] = Field(
         "auto", description="recompute activations in the backward pass; auto: only if memory asks"
     )
+    compile: bool | Literal["auto"] = Field(
+        "auto",
+        description="make one kernel of the operations between matrix products; auto: on a GPU",
+    )
     deterministic: bool = Field(False, description="bit-equal runs on CUDA too, slower")
     on_non_finite: Literal["stop"] | Skip = Field(
         "stop", description="a loss or gradient that is not finite: stop, or {skip: N} steps"

@@ -10,8 +10,10 @@ from transformers import PreTrainedModel
 
 from lorakit import adapters
 from lorakit.adapters import Method
+from lorakit.errors import EnvironmentLacks
 from lorakit.model import base as base_models
 from lorakit.model.checkpointing import checkpoint_layers
+from lorakit.model.elementwise import fuse_kernels, keep_kernels_apart
 from lorakit.processes import Stop
 from lorakit.runtime import Runtime, make_deterministic
 from lorakit.training import checkpoint, optim, passports
@@ -77,6 +79,7 @@ def prepare(plan: Plan, runtime: Runtime, folder: RunFolder, reporter: Reporter,
     settings = plan.recipe.train
     if settings.deterministic:
         make_deterministic()
+    choose_kernels(plan, runtime, reporter)
     model = base_models.load(
         plan.base,
         device=runtime.device,
@@ -108,6 +111,27 @@ def prepare(plan: Plan, runtime: Runtime, folder: RunFolder, reporter: Reporter,
         method.load_state(resume.state.method)
         optim.load_state_tensors(optimizer, named, resume.optimizer_tensors())
     return run
+
+
+def choose_kernels(plan: Plan, runtime: Runtime, reporter: Reporter) -> None:
+    """Compile what runs between the matrix products, where the recipe and the machine allow it.
+
+    Raises:
+        EnvironmentLacks: when the recipe asks for it and the machine has no compiler that works.
+    """
+    keep_kernels_apart()
+    asked = plan.recipe.train.compile
+    if not asked or (asked == "auto" and runtime.device.type == "cpu"):
+        return
+    if (reason := fuse_kernels(runtime.device, plan.dtype)) is None:
+        return
+    if asked is True:
+        raise EnvironmentLacks(
+            "env.missing-package",
+            f"train.compile: torch.compile does not work here: {reason}",
+            help="install a C++ compiler (on a GPU: triton and gcc), or set train.compile: auto",
+        )
+    reporter.say(f"not compiled, so elementwise steps take longer: {reason}")
 
 
 def save(run: Run) -> None:

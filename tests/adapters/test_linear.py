@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lorakit.adapters import _linear
 from lorakit.adapters._linear import LowRank, add_low_rank, added_to, low_rank_linear
 
 SHAPES = ((3,), (2, 3), (0,), (2, 0), (1, 1, 4))
@@ -86,6 +87,27 @@ def test_gradients_are_those_of_finite_differences(rows, layout):
 
         if any(wanted):
             assert torch.autograd.gradcheck(product, leaves, eps=1e-6, atol=1e-7, rtol=1e-6)
+
+
+def test_a_mask_that_is_drawn_again_is_the_same(monkeypatch):
+    """As on a GPU, where a seed is kept instead of a mask."""
+    monkeypatch.setattr(_linear, "MASKS_KEPT", set())
+    x, weight, bias, A, B = case((2, 7), 24, 16, 4)
+    leaves = [tensor.requires_grad_() for tensor in (x, A, B)]
+    base, kept = linear(weight, bias), []
+
+    def product(x, A, B):
+        torch.manual_seed(11)
+        return low_rank_linear(x, base, LowRank(A, B, 0.7), dropout=0.4)
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        product(*leaves)
+    assert not any(tensor.dtype == torch.bool for tensor in kept)
+    assert torch.autograd.gradcheck(product, leaves)
+    torch.manual_seed(12)
+    assert not torch.equal(
+        low_rank_linear(x, base, LowRank(A, B, 0.7), dropout=0.4), product(x, A, B)
+    )
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
