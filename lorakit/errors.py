@@ -153,7 +153,8 @@ class Notice:
         """
         checkpoint.skipped checkpoint.inexact security.remote-code security.local-code
         data.dropped data.cut data.eos-untrained data.extra-fields data.overlap data.special-tokens
-        adapter.base-unknown adapter.no-passport adapter.unknown-setting
+        adapter.base-unknown adapter.no-passport adapter.passport-changed
+        adapter.unknown-setting
         recipe.unusual-value
         target.uneven run.packing-off model.unused-tensors
         model.quantized-on-cpu model.experts-dense

@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 from lorakit import __version__
 from lorakit.adapters._layer import Copy, layers_of
 from lorakit.adapters._method import Method, SiteSettings
-from lorakit.adapters._read import CONFIG, FORMAT, PASSPORT, TENSORS, read
+from lorakit.adapters._read import CONFIG, DIGEST, FORMAT, PASSPORT, TENSORS, read
 from lorakit.errors import RunFailed
 from lorakit.model.sites import Site
 from lorakit.storage import strict_json
 from lorakit.storage.disk import storage_errors
-from lorakit.storage.hashing import sha256_file
+from lorakit.storage.hashing import sha256_file, sha256_json
 from lorakit.storage.tensors import write_tensors
 
 
@@ -73,6 +73,7 @@ def save(
         "scales": {layer.name: layer.scale for layer in layers_of(model) if layer.name},
         "files": {path.name: sha256_file(path) for path in files},
     }
+    written[DIGEST] = sha256_json(written)
     with storage_errors(folder):
         (folder / PASSPORT).write_text(strict_json.dumps(written), encoding="utf-8")
     _check(folder, method, model, tensors, steps=int(passport.get("steps", 0)))

@@ -18,14 +18,15 @@ from lorakit.adapters._names import Names
 from lorakit.adapters._peft import Found, PeftConfig, shown
 from lorakit.errors import BadInput, Notice, Place, RunFailed, one_of
 from lorakit.storage import strict_json
-from lorakit.storage.hashing import check_sha256
-from lorakit.storage.paths import refuse_pickle
+from lorakit.storage.hashing import check_sha256, sha256_json
+from lorakit.storage.paths import inside, refuse_pickle
 from lorakit.storage.redact import printable
 from lorakit.storage.tensors import DTYPES, TensorFile
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PASSPORT = "lorakit.json"
+DIGEST = "sha256"  # key of the passport: of all the rest of it
 FORMAT = 1  # of the passport; a larger number cannot be read
 
 CODES = ("F32", "F16", "BF16")
@@ -129,6 +130,9 @@ def read(path: Path) -> Saved:
     if passport is None:
         message = f"there is no {PASSPORT}: nothing tells which base the adapter was trained on"
         notices.append(Notice("adapter.no-passport", message, Place(str(folder))))
+    elif _is_changed(passport):
+        message = f"{PASSPORT} was changed after it was written: what it says may be wrong"
+        notices.append(Notice("adapter.passport-changed", message, Place(str(folder))))
     return Saved(folder, config, settings, tensors, copies, passport, tuple(notices))
 
 
@@ -190,7 +194,30 @@ def _read_passport(folder: Path) -> dict[str, Any] | None:
         message = f"{key}: a value of another type is expected, found {shown(first['input'])}"
         raise BadInput("adapter.bad-config", message, where=str(path)) from None
     check_sha256(folder / TENSORS, files[TENSORS], "adapter")
+    _check_tokenizer(folder, {n: d for n, d in files.items() if n not in (CONFIG, TENSORS)})
     return passport
+
+
+def _is_changed(passport: Mapping[str, Any]) -> bool:
+    """Tell whether a passport is no longer what its own digest says."""
+    rest = {key: value for key, value in passport.items() if key != DIGEST}
+    return DIGEST in passport and passport[DIGEST] != sha256_json(rest)
+
+
+def _check_tokenizer(folder: Path, digests: Mapping[str, Any]) -> None:
+    """Check the files of the tokenizer; where none is there, the base's is used.
+
+    Raises:
+        RunFailed: `adapter.damaged` when one has changed, or some are missing.
+    """
+    paths = {name: inside(folder, name) for name in digests}
+    if not any(path.is_file() for path in paths.values()):
+        return
+    for name, path in paths.items():
+        if not path.is_file():
+            message = f"{printable(name)} is missing beside the tokenizer's other files"
+            raise RunFailed("adapter.damaged", message, where=str(folder))
+        check_sha256(path, str(digests[name]), "adapter")
 
 
 def _method(config: PeftConfig, passport: Mapping[str, Any] | None) -> type[Method]:

@@ -153,7 +153,27 @@ def _fitting(
                 raise saved.config.wrong("ensure_weight_tying", message, help=help)
     layers = {**method.layers(chosen), **copy_layers(copied)}
     _check_tensors(saved, layers.values(), (*chosen, *copied), everywhere)
+    _check_scales(saved, layers)
     return chosen, layers
+
+
+def _check_scales(saved: Saved, layers: Mapping[str, Layer]) -> None:
+    """Check that each layer counts for as much as it was trained to.
+
+    Raises:
+        BadInput: `adapter.bad-setting` when the settings were changed after the training.
+    """
+    scales = (saved.passport or {}).get("scales")
+    for name, layer in layers.items():
+        trained = scales.get(name) if isinstance(scales, dict) else None
+        if trained is not None and trained != layer.scale:
+            raise BadInput(
+                "adapter.bad-setting",
+                f"{name} would count {layer.scale:g} times, but was trained to count {trained} "
+                "times: the settings were changed",
+                where=str(saved.folder / CONFIG),
+                help=f"put them back, or remove {PASSPORT} to take them as they are",
+            )
 
 
 def _check_known(saved: Saved, names: Iterable[str], sites: Sequence[Site]) -> None:

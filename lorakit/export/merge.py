@@ -13,9 +13,10 @@ from lorakit.adapters import Saved, check_base, merge_layers
 from lorakit.errors import BadInput, CheckFailed, Notice
 from lorakit.export.blocks import MergedTensors
 from lorakit.export.shards import Shard, planned_shards, write_index, write_shard
-from lorakit.export.texts import REPORT, find_texts, write_texts
+from lorakit.export.texts import find_texts, write_texts
 from lorakit.export.verify import BOUNDS, GIB, check_written, compare_logits, needed_bytes
 from lorakit.model.base import Base, skeleton
+from lorakit.model.merged import REPORT, texts_of
 from lorakit.model.sites import find_sites
 from lorakit.runtime import DTYPES, Runtime, background
 from lorakit.storage import strict_json
@@ -128,6 +129,7 @@ def merge(
                 {"file": name, "sha256": digest.result(), "bytes": shard.layout.size}
                 for (name, shard), digest in zip(plan.shards.items(), digests, strict=True)
             ],
+            "texts": texts_of(folder, set(plan.shards)),
             "tensors": written.tensors,
             "adapted": written.adapted,
             "changed": written.changed,

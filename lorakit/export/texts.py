@@ -7,6 +7,7 @@ from typing import Any
 
 from lorakit.adapters import Saved
 from lorakit.model.base import Base, load_tokenizer, skeleton
+from lorakit.model.merged import REPORT
 from lorakit.model.tokenizer import VOCABULARIES
 from lorakit.model.weights import INDEX
 from lorakit.storage import strict_json
@@ -14,7 +15,6 @@ from lorakit.storage.disk import storage_errors
 from lorakit.storage.paths import inside
 
 CONFIG = "config.json"
-REPORT = "merge_report.json"
 KINDS = frozenset({".json", ".jinja", ".txt", ".model"})
 NOT_COPIED = frozenset(
     {CONFIG, INDEX, REPORT, "adapter_config.json", "lorakit.json", "manifest.json"}

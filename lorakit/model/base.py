@@ -31,6 +31,7 @@ from lorakit.model import hub, local
 from lorakit.model.checks import check_finite, check_loaded, check_tensors
 from lorakit.model.config import attempt, check_config, read_config, read_generation
 from lorakit.model.gguf import read_gguf_config, reading
+from lorakit.model.merged import check_shards, check_texts
 from lorakit.model.quantized import Quantization, check_asked, check_installed
 from lorakit.model.quantizer import adopt, quantize, quantizing
 from lorakit.model.sites import find_sites
@@ -164,6 +165,7 @@ def find(
         local.check_id(section.path, recipe_folder, cache)
         place = hub.snapshot(section.path, section.revision, offline=offline, code=code)
         revision, links_into = place.name, place.parent.parent
+    check_texts(place)
     config = read_config(place, code_allowed=code, links_into=links_into)
     check_config(config, str(place))
     generation = read_generation(place, config, links_into=links_into)
@@ -222,6 +224,8 @@ def load(
     check_installed(how)
     if device.type != "cpu" and not (base.gguf and how):
         options["device_map"] = {"": device}
+    if base.folder:
+        check_shards(base.folder)
     with ExitStack() as stack:
         stack.enter_context(_no_progress_bars())
         if base.gguf:

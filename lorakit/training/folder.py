@@ -12,7 +12,7 @@ from lorakit.errors import BadInput, LorakitError, Notice, Place
 from lorakit.processes import Signalled
 from lorakit.runtime import Runtime
 from lorakit.storage import strict_json
-from lorakit.storage.disk import storage_errors
+from lorakit.storage.disk import storage_errors, sync
 from lorakit.storage.lock import locked, refuse_locked
 from lorakit.storage.paths import open_regular
 from lorakit.storage.publish import is_aside, publish_file, remove_folder, sweep
@@ -69,12 +69,19 @@ class RunFolder:
         self.note(
             status="running", started=began, id=self.facts.get("id", f"{self.path.name}-{began}")
         )
+        step = self.resume.state.step if self.resume else 0
+        supersede(self.metrics, step)
         if self.resume:
-            step = self.resume.state.step
             checkpoint.set_damaged_aside(self.checkpoints, step)
-            supersede(self.metrics, step)
             resumed = {"step": step, "changed": dict(self.changed)}
             self.note(resumes=[*self.facts.get("resumes", []), resumed])
+
+    def settle(self) -> None:
+        """Push the rows of `metrics.jsonl` to the disk: a checkpoint is never ahead of them."""
+        if self.metrics.exists():
+            with storage_errors(self.metrics):
+                sync(self.metrics)
+                sync(self.path)
 
     def write(self, name: str, content: str | bytes) -> None:
         """Write one file of the folder, beside its place and renamed."""

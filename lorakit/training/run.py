@@ -139,6 +139,7 @@ def save(run: Run) -> None:
     run.state.method = run.method.state()
     run.state.loss_scale = run.scale.item()
     if run.runtime.is_main:
+        run.folder.settle()
         names: dict[Tensor, str] = {parameter: name for name, parameter in run.named.items()}
         checkpoint.save(
             run.folder.checkpoints,

@@ -699,3 +699,39 @@ def test_names_that_look_like_ours_inside_a_model_confuse_nothing(tmp_path):
     saved = adapters.read(tmp_path)
     assert sorted(saved.settings.target_modules) == sorted(names)
     assert set(adapters.merge_layers(saved, find_sites(renamed()))) == set(names)
+
+
+def test_a_tokenizer_file_that_changed_or_went_missing_is_damage(folder):
+    path = folder / "chat_template.jinja"
+    path.write_text(path.read_text().replace("assistant", "assistent"))
+    error = refusal(folder, error=RunFailed)
+    assert error.id == "adapter.damaged"
+    assert error.where.file == str(path)
+    path.unlink()
+    error = refusal(folder, error=RunFailed)
+    assert error.id == "adapter.damaged"
+    assert "chat_template.jinja is missing" in error.message
+
+
+def test_an_adapter_without_its_tokenizer_is_whole(folder, written):
+    for path in folder.iterdir():
+        if path.name not in (CONFIG, TENSORS, PASSPORT):
+            path.unlink()
+    assert torch.equal(logits(use(folder)), logits(use(written)))
+
+
+def test_settings_that_scale_otherwise_than_in_training_are_refused(folder):
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {"lora_alpha": config["lora_alpha"] + 1}))
+    error = refusal(folder)
+    assert error.id == "adapter.bad-setting"
+    assert "was trained to count" in error.message
+    (folder / PASSPORT).unlink()
+    use(folder)
+
+
+def test_a_changed_passport_is_told(folder):
+    assert not adapters.read(folder).notices
+    passport = json.loads((folder / PASSPORT).read_text())
+    (folder / PASSPORT).write_text(json.dumps(passport | {"steps": 5}))
+    assert [notice.id for notice in adapters.read(folder).notices] == ["adapter.passport-changed"]

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorakit import adapters
 from lorakit.adapters import Saved
-from lorakit.errors import BadInput, CheckFailed, RunFailed
+from lorakit.errors import BadInput, CheckFailed, LorakitError, RunFailed
 from lorakit.export import blocks
 from lorakit.export import merge as merging
 from lorakit.export.merge import Options, merge, planned
@@ -84,6 +84,21 @@ def test_the_tokenizer_and_the_template_come_along(tmp_path: Path):
     names = {path.name for path in (tmp_path / "merged").iterdir()}
     assert {"generation_config.json", "merge_report.json"} <= names
     assert not {"lorakit.json", "adapter_config.json", "adapter_model.safetensors"} & names
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_merge_that_lost_a_bit_or_a_file_is_not_loaded(tmp_path: Path, name: str, missing: bool):
+    base, saved = make(tmp_path)
+    run(saved, base, tmp_path / "merged", verify=False)
+    path = tmp_path / "merged" / name
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.unlink() if missing else path.write_bytes(content)
+    with pytest.raises(LorakitError) as caught:
+        bases.load(find_base(tmp_path / "merged"), device=CPU, dtype=torch.float32)
+    assert caught.value.id in ("model.damaged", "model.not-found")
+    assert missing or "wrong checksum" in caught.value.message
 
 
 @pytest.mark.parametrize("where", ["embed_tokens", "lm_head"])

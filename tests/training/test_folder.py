@@ -224,6 +224,14 @@ def test_rows_that_a_resume_takes_again_are_marked(tmp_path: Path) -> None:
     assert found == [rows[0], *(row | {"superseded": True} for row in rows[1:])]
 
 
+def test_rows_of_a_start_that_came_to_no_checkpoint_are_marked(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with opened(path, "start", ALONE, PINNED) as folder:
+        folder.metrics.write_text('{"step": 1, "loss": 1.5}\n')
+    with opened(path, "resume-or-start", ALONE, PINNED) as folder:
+        assert json.loads(folder.metrics.read_text())["superseded"] is True
+
+
 def test_a_resume_sets_aside_what_is_damaged(tmp_path: Path) -> None:
     path = tmp_path / "run"
     with opened(path, "start", ALONE, PINNED) as folder:

@@ -1,0 +1,199 @@
+"""The disk refuses: full, broken, too small a file, no more files, read only, somebody else's."""
+
+import os
+import re
+import resource
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+from lorakit.storage.manifest import check_manifest
+from lorakit.storage.publish import is_aside
+from tests.faults import syscalls
+from tests.faults.forked import Ended, run
+from tests.faults.kills import every_call
+from tests.faults.scenarios import Scenario
+from tests.faults.subject import Subject, copied, tree
+from tests.faults.syscalls import Call
+from tests.faults.trials import Missing, Trial
+
+ERRORS = ("ENOSPC", "EDQUOT", "EIO", "EFBIG")
+REFUSED = re.compile(r"open(at)?|mkdir(at)?|writev?|pwrite64|pwritev|f(data)?sync|rename\w*")
+NOBODY = 65534
+
+
+@cache
+def every_write(subject: Subject) -> list[tuple[Scenario, Call, str]]:
+    """Return each call that a disk may refuse, with each of the errors it may give."""
+    return [
+        (scenario, call, error)
+        for scenario, call in every_call(subject)
+        if REFUSED.fullmatch(call.name)
+        for error in ERRORS
+    ]
+
+
+def refused(subject: Subject, case: int, folder: Path) -> None:
+    scenario, call, error = every_write(subject)[case]
+    scenario.prepare(folder)
+    before = good_steps(folder)
+    ended = syscalls.refused_at(call, scenario.action(folder), error)
+    refusal(ended, f"{scenario.name}, {call}, {error}")
+    scenario.intact(folder)
+    # A step that was good is lost to pruning alone, which comes after a newer one was read again.
+    assert ended.code == 0 or max(good_steps(folder), default=0) >= max(before, default=0)
+    if not call.name.startswith(("rename", "unlink")):
+        left = [path.name for path in folder.rglob(".*") if is_aside(path.name)]
+        assert not left, f"{call}, {error}: left behind: {left}"
+    scenario.done(folder)
+
+
+def refusal(ended: Ended, what: str) -> None:
+    """Check that a refusing disk ended a command in one plain message, or harmed nothing."""
+    assert ended.code in (0, 3), f"{what}: {ended}"
+    assert "Traceback" not in ended.said, f"{what}: {ended}"
+    assert ended.code == 0 or "error[storage." in ended.said, f"{what}: {ended}"
+
+
+def good_steps(folder: Path) -> set[int]:
+    """Return the steps whose checkpoint is whole."""
+    found = folder.glob("run/checkpoints/step-*")
+    return {int(path.name[5:]) for path in found if check_manifest(path) is None}
+
+
+@contextmanager
+def small_disk(options: str) -> Iterator[Path]:
+    """Mount a small file system."""
+    place = Path(tempfile.mkdtemp(prefix="disk-"))
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True
+    )
+    if mounted.returncode:
+        place.rmdir()
+        raise Missing("a file system may not be mounted here")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+        place.rmdir()
+
+
+def full(subject: Subject, case: int, folder: Path) -> None:
+    size = 40 + 16 * case  # KiB: from a fraction of a checkpoint to more than the run needs
+    fills_up(subject, f"size={size}k", folder)
+
+
+def no_more_files(subject: Subject, case: int, folder: Path) -> None:
+    fills_up(subject, f"size=64m,nr_inodes={4 + 4 * case}", folder)
+
+
+def fills_up(subject: Subject, options: str, folder: Path) -> None:
+    """Run on a small disk; what it says when it is full is enough to go on elsewhere."""
+    with small_disk(options) as disk:
+        ended = run(subject.train(disk / "run", merge=True))
+        refusal(ended, options)
+        steps = good_steps(disk)
+        if ended.code:
+            assert "available" in ended.said, ended
+            assert str(disk) in ended.said, ended
+        assert not [path for path in disk.rglob(".*") if is_aside(path.name)]
+        if (disk / "run").exists():
+            copied(disk / "run", folder / "run")
+    if ended.code and steps:
+        assert re.search(rf"step {max(steps)} is saved|adapter|merged", ended.said), ended
+    subject.finish(folder / "run", merge=True)
+
+
+def small_files(subject: Subject, case: int, folder: Path) -> None:
+    limit = 256 * case
+
+    def action() -> int:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        return subject.train(folder / "run", merge=True)()
+
+    ended = run(action)
+    refusal(ended, f"files of at most {limit} bytes")
+    subject.finish(folder / "run", merge=True)
+
+
+def of_somebody_else(subject: Subject, case: int, folder: Path) -> None:
+    """Run as another account in a folder that it may read and not write."""
+    if os.geteuid():
+        raise Missing("only root can become somebody else")
+    kind = case % 5
+    out = folder / "run"
+    for path in (folder, *folder.parents[:-2]):
+        path.chmod(path.stat().st_mode | 0o055)
+    if kind == 1:
+        copied(subject.whole, out)
+    elif kind == 2:
+        out.mkdir()
+        out.chmod(0o555)
+    elif kind == 3:
+        copied(subject.whole, out)
+        given(out)
+        for path in (out / "checkpoints", *out.glob("checkpoints/**/")):
+            os.chown(path, 0, 0)
+        shutil.rmtree(out / "adapter")
+        corrupt = out / "checkpoints" / "step-000004" / "state.json"
+        corrupt.write_text("{}")
+    elif kind == 4:
+        folder.chmod(0o555)
+        os.chown(folder, NOBODY, NOBODY)
+    before = tree(folder)
+    ended = run(as_nobody(subject.train(out)))
+    assert ended.code == 3, ended
+    assert "error[storage.denied]" in ended.said, ended
+    assert "step 1/" not in ended.said, f"a step was taken first: {ended}"
+    if kind != 3:
+        assert tree(folder) == before
+
+
+def inputs_read_only(subject: Subject, case: int, folder: Path) -> None:
+    """Run as another account that may not write beside the model and the rows."""
+    if os.geteuid():
+        raise Missing("only root can become somebody else")
+    for path in (folder, *folder.parents[:-2]):
+        path.chmod(path.stat().st_mode | 0o055)
+    os.chown(folder, NOBODY, NOBODY)
+    inputs = ("model", "rows.jsonl", "recipe.yaml")
+    before = {name: tree(subject.folder / name) for name in inputs}
+    ended = run(as_nobody(subject.train(folder / "run", merge=case % 2 == 0)))
+    assert ended.code == 0, ended
+    assert before == {name: tree(subject.folder / name) for name in inputs}
+    subject.check(folder / "run", merge=case % 2 == 0)
+
+
+def as_nobody(action: Callable[[], int]) -> Callable[[], int]:
+    def become() -> int:
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+        return action()
+
+    return become
+
+
+def given(folder: Path) -> None:
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, NOBODY, NOBODY)
+
+
+TRIALS = [
+    Trial("b1", "a full disk, of 100 sizes", 100, 3, full),
+    Trial(
+        "b2",
+        "ENOSPC, EDQUOT, EIO, EFBIG at each open, write, sync, rename",
+        lambda subject: len(every_write(subject)),
+        10,
+        refused,
+    ),
+    Trial("b3", "EFBIG: a limit on the size of files", 50, 2, small_files),
+    Trial("b4", "no more files on the disk", 20, 2, no_more_files),
+    Trial("h1", "folders that are read only or somebody else's", 30, 5, of_somebody_else),
+    Trial("h2", "inputs that are read only and somebody else's", 20, 1, inputs_read_only),
+]

@@ -1,0 +1,268 @@
+"""Artifacts that attack who loads them: nothing of theirs is imported, run, read, sent or written.
+
+An audit hook (PEP 578) sees what the interpreter does while a command loads one; each also tries to
+leave a file behind.
+"""
+
+import json
+import os
+import pickle
+import random
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.faults.forked import run
+from tests.faults.subject import RECIPE, Subject, copied
+from tests.faults.trials import Trial, chance
+
+CODE = "import pathlib; pathlib.Path({canary!r}).write_text('here')\n"
+ESCAPES = (
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ cycler.__init__.__globals__.os.system('touch {canary}') }}",
+    "{{ self.__init__.__globals__.__builtins__.open('{canary}', 'w') }}",
+    "{{ joiner.__init__.__globals__['os'].popen('touch {canary}') }}",
+    "{% include '/etc/passwd' %}",
+    "{% import 'os' as os %}{{ os }}",
+    "{{ ('%s' | attr('format'))('x') }}{{ messages.append(1) }}",
+    "{{ namespace.__init__.__globals__ }}",
+    "{{ raise_exception.__globals__.sys.modules['os'].system('touch {canary}') }}",
+    "{{ 10 ** (10 ** 7) }}",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{% set ns = namespace(x='aaaa') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+    "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}"
+    "{{ ns.x | tojson }}",
+)  # fmt: skip
+COMMANDS = {
+    "adapter": (("generate", "{folder}/adapter", "hi", "--max-new-tokens", "2"),
+                ("merge", "{folder}/adapter", "--out", "{folder}/out", "--no-verify")),
+    "model": (("plan", "{folder}/recipe.yaml"),
+              ("merge", "{folder}/adapter", "--base", "{folder}/model", "--out", "{folder}/out")),
+    "recipe": (("plan", "{folder}/recipe.yaml"), ("train", "{folder}/recipe.yaml", "--out", "{folder}/run"),
+               ("data", "check", "{folder}/recipe.yaml"), ("eval", "{folder}/recipe.yaml")),
+    "checkpoint": (("train", "{folder}/recipe.yaml", "--out", "{folder}/run", "--resume"),),
+}  # fmt: skip
+
+Spoil = Callable[[Path, random.Random, str], None]
+
+
+class Bomb:
+    """A pickle that runs code when it is loaded."""
+
+    def __init__(self, canary: str) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> Any:
+        return (os.system, (f"touch {self.canary}",))
+
+
+def edited(path: Path, **changes: Any) -> None:
+    """Change keys of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def pickled_adapter(folder: Path, rng: random.Random, canary: str) -> None:
+    adapter = folder / "adapter"
+    target = adapter / f"adapter_model{rng.choice(('.bin', '.pt', '.pkl'))}"
+    target.write_bytes(pickle.dumps(Bomb(canary)))
+    if rng.random() < 0.5:
+        (adapter / "adapter_model.safetensors").unlink()
+    else:
+        shutil.copy(target, adapter / "adapter_model.safetensors")
+
+
+def importing_adapter(folder: Path, rng: random.Random, canary: str) -> None:
+    (folder / "adapter" / "evil.py").write_text(CODE.format(canary=canary))
+    key, value = rng.choice(
+        (
+            ("auto_mapping", {"base_model_class": "Evil", "parent_library": "evil"}),
+            ("megatron_core", "evil"),
+            ("megatron_config", {"module": "evil"}),
+            ("peft_type", "evil.Evil"),
+            ("task_type", "evil.Evil"),
+            ("loftq_config", {"evil": "evil.Evil"}),
+            ("base_model_name_or_path", "../../../../etc"),
+            ("target_modules", "(q_proj|v_proj|(a+)+)+$"),
+            ("runtime_config", {"ephemeral_gpu_offload": "evil"}),
+        )
+    )
+    edited(folder / "adapter" / "adapter_config.json", **{key: value})
+    if rng.random() < 0.5:
+        (folder / "adapter" / "lorakit.json").unlink()
+
+
+def linked_adapter(folder: Path, rng: random.Random, canary: str) -> None:
+    name = rng.choice(("adapter_config.json", "adapter_model.safetensors", "tokenizer.json"))
+    path = folder / "adapter" / name
+    path.unlink()
+    path.symlink_to(rng.choice(("/etc/passwd", "/dev/zero", str(folder / "nothing"))))
+
+
+def coded_model(folder: Path, rng: random.Random, canary: str) -> None:
+    model = folder / "model"
+    for name in ("modeling_evil.py", "configuration_evil.py", "tokenization_evil.py"):
+        (model / name).write_text(CODE.format(canary=canary))
+    auto = {
+        "AutoConfig": "configuration_evil.Evil",
+        "AutoModelForCausalLM": "modeling_evil.Evil",
+        "AutoTokenizer": ["tokenization_evil.Evil", None],
+    }
+    changes: tuple[tuple[str, Mapping[str, Any]], ...] = (
+        ("config.json", {"auto_map": auto}),
+        ("config.json", {"auto_map": auto, "model_type": "evil"}),
+        ("config.json", {"auto_map": {"AutoConfig": "evil/repo--configuration_evil.Evil"}}),
+        ("config.json", {"attn_implementation": "evil/kernel"}),
+        ("config.json", {"_attn_implementation_internal": "evil/kernel"}),
+        ("config.json", {"experts_implementation": "evil/kernel"}),
+        ("config.json", {"trust_remote_code": True, "auto_map": auto}),
+        ("config.json", {"quantization_config": {"quant_method": "evil", "modules": "evil"}}),
+        ("config.json", {"custom_generate": "evil", "model_type": "../../evil"}),
+        ("tokenizer_config.json", {"auto_map": auto, "tokenizer_class": "Evil"}),
+        ("tokenizer_config.json", {"tokenizer_class": "os.system"}),
+        ("tokenizer_config.json", {"tokenizer_file": "/etc/passwd", "name_or_path": "/etc"}),
+        ("generation_config.json", {"trust_remote_code": True, "custom_generate": "evil"}),
+    )
+    name, values = rng.choice(changes)
+    edited(model / name, **values)
+
+
+def leading_outside(folder: Path, rng: random.Random, canary: str) -> None:
+    """Point the index of a model's shards at other files."""
+    model = folder / "model"
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": None}}
+    os.mkfifo(folder / "fifo")
+    (model / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(canary)))
+    secret = shutil.copy(model / "model.safetensors", folder / "secret.safetensors")
+    where = ("../secret.safetensors", str(secret), "pytorch_model.bin", "/etc/passwd", "../fifo")
+    index["weight_map"]["model.norm.weight"] = rng.choice(where)  # type: ignore[index]
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    (model / "model.safetensors").unlink()
+
+
+def escaping_template(folder: Path, rng: random.Random, canary: str) -> None:
+    template = rng.choice(ESCAPES).replace("{canary}", canary)
+    for place in ("model", "adapter"):
+        (folder / place / "chat_template.jinja").write_text(template)
+
+
+def running_recipe(folder: Path, rng: random.Random, canary: str) -> None:
+    (folder / "evil.py").write_text(CODE.format(canary=canary))
+    changes: tuple[str, ...] = (
+        json.dumps(RECIPE | {"data": {"train": "rows.jsonl", "format": "evil:run"}}),
+        json.dumps(RECIPE | {"model": {"path": "model", "trust_remote_code": True}}),
+        f"model: !!python/object/apply:os.system ['touch {canary}']\ndata: {{train: rows.jsonl}}\n",
+        "model: file:///etc\ndata: {train: rows.jsonl}\n",
+        "extends: https://example.org/evil.yaml\nmodel: model\ndata: {train: rows.jsonl}\n",
+        f"extends: {folder}/evil.py\nmodel: model\ndata: {{train: rows.jsonl}}\n",
+        "model: model\ndata: {train: evil.py}\n",
+        "model: ${HF_TOKEN}\ndata: {train: rows.jsonl}\n",
+        "model: model\ndata: {train: rows.jsonl}\noutput_dir: ../../../evil\n",
+        "model: model\ndata: {train: rows.jsonl}\nplugins: [evil]\n",
+        "model: model\ndata: {train: rows.jsonl, chat_template: /etc/passwd}\n",
+    )
+    (folder / "recipe.yaml").write_text(rng.choice(changes))
+
+
+def spoilt_checkpoint(folder: Path, rng: random.Random, canary: str) -> None:
+    step = folder / "run" / "checkpoints" / "step-000004"
+    kind = rng.randrange(4)
+    if kind == 0:
+        (step / "optimizer.pt").write_bytes(pickle.dumps(Bomb(canary)))
+    elif kind == 1:
+        shutil.rmtree(step / "adapter")
+        (step / "adapter").symlink_to(folder / "adapter")
+    elif kind == 2:
+        (step / "state.json").write_bytes(pickle.dumps(Bomb(canary)))
+    else:
+        (step / "state.json").unlink()
+        (step / "state.json").symlink_to("/etc/passwd")
+
+
+ARTIFACTS: tuple[tuple[str, Spoil], ...] = (
+    ("adapter", pickled_adapter),
+    ("adapter", importing_adapter),
+    ("adapter", linked_adapter),
+    ("adapter", escaping_template),
+    ("model", coded_model),
+    ("model", leading_outside),
+    ("recipe", escaping_template),
+    ("recipe", running_recipe),
+    ("checkpoint", spoilt_checkpoint),
+)
+
+
+def loaded(subject: Subject, case: int, folder: Path) -> None:
+    rng = chance("s1", case)
+    kind, spoil = ARTIFACTS[case % len(ARTIFACTS)]
+    command = rng.choice(COMMANDS[kind])
+    copied(subject.folder / "model", folder / "model")
+    copied(subject.whole / "adapter", folder / "adapter")
+    for name in ("recipe.yaml", "rows.jsonl"):
+        shutil.copy(subject.folder / name, folder)
+    if kind == "checkpoint":
+        copied(subject.whole, folder / "run")
+    canary, log = folder / "canary", folder / "events"
+    spoil(folder, rng, str(canary))
+
+    def action() -> int:
+        os.environ["HF_TOKEN"] = "hf_" + "c" * 30
+        at_home = Subject(folder)
+        os.chdir(folder)
+        watch(log, (folder, subject.folder))
+        return at_home.lorakit(*(word.format(folder=folder) for word in command))
+
+    ended = run(action)
+    what = f"{spoil.__name__} in {' '.join(command)}"
+    assert not canary.exists(), f"{what}: its code ran: {ended}"
+    events = log.read_text() if log.exists() else ""
+    assert not events, f"{what}: {events}"
+    assert ended.code in (0, 2, 3, 4), f"{what}: {ended}"
+    assert "Traceback" not in ended.said, f"{what}: {ended}"
+    assert "c" * 30 not in ended.said, f"{what}: {ended}"
+    assert "root:" not in ended.said, f"{what}: {ended}"
+
+
+def watch(log: Path, places: tuple[Path, ...]) -> None:
+    """From now on write down every event that no loading of data needs."""
+    homes = (*places, Path(sys.prefix), Path(sys.base_prefix), Path("/dev/null"), Path("/dev/shm"))
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    always = ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "pty.spawn",
+              "socket.connect", "socket.getaddrinfo", "socket.bind", "webbrowser.open")  # fmt: skip
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in always or _is_forbidden(event, arguments, homes, places[0]):
+            os.write(descriptor, f"{event} {str(arguments)[:200]}\n".encode())
+
+    sys.addaudithook(hook)
+
+
+def _is_forbidden(
+    event: str, arguments: tuple[Any, ...], homes: tuple[Path, ...], folder: Path
+) -> bool:
+    match event:
+        case "import":
+            return "evil" in str(arguments[0]) or str(arguments[1]).startswith(str(folder))
+        case "compile":
+            return str(arguments[1]).startswith(str(folder))
+        case "exec":
+            return str(arguments[0].co_filename).startswith(str(folder))
+        case "subprocess.Popen":
+            return arguments[0] != sys.executable
+        case "ctypes.dlopen":
+            return bool(arguments[0]) and str(arguments[0]).startswith(str(folder))
+        case "open":
+            path, _, flags = arguments
+            if isinstance(path, int):
+                return False
+            writes = bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+            outside = not any(Path(os.fsdecode(path)).absolute().is_relative_to(h) for h in homes)
+            secret = os.fsdecode(path) in ("/etc/passwd", "/dev/zero", str(folder / "fifo"))
+            return secret or (writes and outside)
+    return False
+
+
+TRIALS = [
+    Trial("s1", "hostile adapters, models, recipes, templates, checkpoints", 2000, 27, loaded),
+]

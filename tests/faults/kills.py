@@ -1,0 +1,183 @@
+"""The process ends: before a call, at any moment, by a signal, or with the whole machine."""
+
+import os
+import random
+import re
+import signal
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from lorakit.training import checkpoint
+from tests.faults import syscalls
+from tests.faults.forked import Child, Ended, run
+from tests.faults.powerloss import Recording
+from tests.faults.scenarios import Scenario, resumable, scenarios
+from tests.faults.subject import STEPS, Subject
+from tests.faults.syscalls import Call
+from tests.faults.trials import Missing, Trial, chance
+
+
+@cache
+def every_call(subject: Subject) -> list[tuple[Scenario, Call]]:
+    """Return each change to the disk of each scenario."""
+    if reason := syscalls.why_not():
+        raise Missing(reason)
+    return [
+        (scenario, call)
+        for scenario in scenarios(subject)
+        for call in scenario.recording(subject).calls
+    ]
+
+
+def before_a_call(subject: Subject, case: int, folder: Path) -> None:
+    scenario, call = every_call(subject)[case]
+    scenario.prepare(folder)
+    ended = syscalls.killed_before(call, scenario.action(folder))
+    assert ended.code == -signal.SIGKILL, f"{scenario.name}, {call}: {ended}"
+    scenario.intact(folder)
+    scenario.done(folder)
+
+
+@cache
+def duration(subject: Subject, *, merge: bool) -> float:
+    """Return the seconds that a run takes."""
+    began = time.monotonic()
+    ended = run(subject.train(subject.folder / f"timed-{merge}", merge=merge))
+    assert ended.code == 0, ended
+    return time.monotonic() - began
+
+
+class Disturbed:
+    """A run to which something happens again and again; one in five merges as well."""
+
+    def __init__(self, subject: Subject, trial: str, case: int, folder: Path) -> None:
+        self.subject, self.out = subject, folder / "run"
+        self.rng, self.merge = chance(trial, case), case % 5 == 0
+
+    def hit(self, *signals: signal.Signals, pause: float = 0) -> Ended:
+        """Run, and send signals at some moment."""
+        longest = duration(self.subject, merge=self.merge)
+        child = Child(self.subject.train(self.out, merge=self.merge))
+        time.sleep(self.rng.uniform(0, longest))
+        for number in signals:
+            child.send(number)
+            time.sleep(pause)
+        return child.ended()
+
+    def stop(self, number: signal.Signals) -> None:
+        """Stop the run by a signal; the exit code says whether there is something to go on from."""
+        ended = self.hit(number)
+        found, _ = checkpoint.newest(self.out / "checkpoints")
+        assert ended.code in (0, 75, -number), ended
+        assert ended.code != 75 or found, f"75 without a checkpoint: {ended}"
+        assert ended.code != -number or not found, f"ended by the signal, resumable: {ended}"
+
+    def finish(self) -> None:
+        """Go on to the end; nothing may tell the run from an uninterrupted one."""
+        self.subject.finish(self.out, merge=self.merge)
+
+
+def at_random(subject: Subject, case: int, folder: Path) -> None:
+    disturbed = Disturbed(subject, "a3", case, folder)
+    for _ in range(disturbed.rng.choices((1, 2, 5), (0.60, 0.25, 0.15))[0]):
+        ended = disturbed.hit(signal.SIGKILL)
+        assert ended.code in (0, -signal.SIGKILL), ended
+    disturbed.finish()
+
+
+def power_lost(subject: Subject, case: int, folder: Path) -> None:
+    if reason := syscalls.why_not():
+        raise Missing(reason)
+    rng = chance("a4", case)
+    scenario = rng.choice(scenarios(subject))
+    recording = scenario.recording(subject)
+    state = folder / "state"
+    length = recording.state(rng, state)
+    saved = [n for n in range(STEPS + 1) if recording.returned(length, f"step-{n:06d}")]
+    resumable(state, max([scenario.least_step, *saved]), saved_bytes(recording))
+    scenario.intact(state)
+    for name in ("adapter", "merged"):
+        if recording.returned(length, name):
+            assert list(state.glob(f"**/{name}")), f"{name} was published and is gone"
+    if case % 17 == 0:
+        scenario.done(state)
+
+
+def saved_bytes(recording: Recording) -> dict[int, set[bytes]]:
+    """Return what an undisturbed run writes as the optimizer's state, by step."""
+    found: dict[int, set[bytes]] = {}
+    for path, content in recording.contents.items():
+        if match := re.search(r"\.tmp-step-0*(\d+)-.*/optimizer.safetensors", path):
+            found.setdefault(int(match[1]), set()).add(content)
+    for path in recording.before.glob("run/checkpoints/step-*/optimizer.safetensors"):
+        found.setdefault(int(path.parent.name[5:]), set()).add(path.read_bytes())
+    return found
+
+
+def stopped(subject: Subject, case: int, folder: Path) -> None:
+    disturbed = Disturbed(subject, "c1", case, folder)
+    disturbed.stop(disturbed.rng.choice((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)))
+    disturbed.finish()
+
+
+def stopped_often(subject: Subject, case: int, folder: Path) -> None:
+    disturbed = Disturbed(subject, "a5", case, folder)
+    for _ in range(5):
+        disturbed.stop(signal.SIGTERM)
+    disturbed.finish()
+
+
+def stopped_twice(subject: Subject, case: int, folder: Path) -> None:
+    disturbed = Disturbed(subject, "c2", case, folder)
+    number = disturbed.rng.choice((signal.SIGTERM, signal.SIGINT))
+    ended = disturbed.hit(number, number, pause=0.01)
+    finished = "Trained" in ended.said
+    assert ended.code in (75, -number) or (ended.code == 0 and finished), ended
+    assert "Traceback" not in ended.said, ended
+    disturbed.finish()
+
+
+def unsettled(subject: Subject, case: int, folder: Path) -> None:
+    disturbed = Disturbed(subject, "c3", case, folder)
+    if case % 3 == 0:
+        ended = disturbed.hit(signal.SIGHUP)
+        assert ended.code in (0, -signal.SIGHUP), ended
+    elif case % 3 == 1:
+        ended = disturbed.hit(signal.SIGSTOP, signal.SIGCONT, pause=0.05)
+        assert ended.code == 0, ended
+    else:
+        ended = run(unheard(subject.train(disturbed.out, merge=disturbed.merge)))
+        assert ended.code == 0, ended
+    disturbed.finish()
+
+
+def unheard(action: Callable[[], int]) -> Callable[[], int]:
+    """Close the reading end of what stdout and stderr go to, as `| head` does."""
+
+    def deaf() -> int:
+        reading, writing = os.pipe()
+        os.close(reading)
+        for descriptor in (1, 2):
+            os.dup2(writing, descriptor)
+        return action()
+
+    return deaf
+
+
+TRIALS = [
+    Trial(
+        "a1",
+        "SIGKILL before each change to the disk: first save, pruning, re-save, adapter, merge",
+        lambda subject: len(every_call(subject)),
+        12,
+        before_a_call,
+    ),
+    Trial("a3", "SIGKILL at random times, in resumes and in chains of five", 1000, 50, at_random),
+    Trial("a4", "power loss: disk states made from recorded runs", 2000, 200, power_lost),
+    Trial("a5", "five stops and resumes of one run", 200, 1, stopped_often),
+    Trial("c1", "SIGTERM, SIGINT or SIGUSR1 at random times", 300, 6, stopped),
+    Trial("c2", "a second signal after 10 ms", 100, 3, stopped_twice),
+    Trial("c3", "SIGHUP; SIGSTOP and SIGCONT; nobody reads stdout and stderr", 60, 3, unsettled),
+]

@@ -1,0 +1,126 @@
+"""Numbers that are none: NaN and infinities where they may come up, and clocks that jump."""
+
+import math
+import os
+import random
+from collections.abc import Callable
+from datetime import datetime, timedelta, tzinfo
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorakit.storage import lock
+from lorakit.storage.tensors import TensorFile
+from lorakit.training import folder as folders
+from lorakit.training import loop, optim, progress
+from tests.faults.forked import Child, run
+from tests.faults.kills import duration
+from tests.faults.subject import STEPS, Subject
+from tests.faults.trials import Trial, chance
+
+VALUES = (math.nan, math.inf, -math.inf, 1e38)
+PLACES = ("loss", "gradient", "moment", "weight")
+
+
+def not_finite(subject: Subject, case: int, folder: Path) -> None:
+    rng = chance("e1", case)
+    place, value, step = PLACES[case % 4], VALUES[case // 4 % 4], rng.randint(1, STEPS)
+    out = folder / "run"
+
+    def action() -> int:
+        spoil(place, value, step, rng)
+        return subject.train(out)()
+
+    ended = run(action)
+    what = f"{value} in a {place} of step {step}"
+    assert ended.code in (0, 3), f"{what}: {ended}"
+    for path in out.rglob("*.safetensors"):
+        with TensorFile(path, "adapter") as file:
+            for name in file.names:
+                assert file.read(name).isfinite().all(), f"{what}: {name} in {path.name}"
+    if ended.code == 0:
+        # A large finite number is clipped, or moves what it is in; that is no fault.
+        assert math.isfinite(value), f"{what}: {ended}"
+        return
+    assert "error[run.not-finite]" in ended.said, f"{what}: {ended}"
+    # A moment spoils the weights of its step, which the next step or the next save sees.
+    assert any(f"step {n}" in ended.said for n in (step, step + 1)), f"{what}: {ended}"
+    if place in ("gradient", "loss"):
+        assert f"step {step}:" in ended.said, f"{what}: {ended}"
+        assert "rows " in ended.said, f"{what}: {ended}"
+    if place == "weight":
+        assert "the adapter's" in ended.said, f"{what}: {ended}"
+    assert not (out / "adapter").exists(), what
+    subject.finish(out)
+
+
+def spoil(place: str, value: float, step: int, rng: random.Random) -> None:
+    """Put a value where it does not belong, once, in one step (from 1)."""
+    real_rate, real_clip, real_loss = optim.set_rate, optim.Gradients.clip, loop.token_loss
+    now = 0
+
+    def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
+        nonlocal now
+        now += 1
+        if now == step and place in ("weight", "moment"):
+            parameter = rng.choice([p for g in optimizer.param_groups for p in g["params"]])
+            state = optimizer.state.get(parameter, {})
+            moments = [one for one in state.values() if one.ndim]
+            target = rng.choice(moments) if place == "moment" and moments else parameter
+            with torch.no_grad():
+                target.view(-1)[rng.randrange(target.numel())] = value
+        return real_rate(optimizer, factor)
+
+    def clip(self: optim.Gradients, longest: float) -> torch.Tensor:
+        if now == step and place == "gradient":
+            self.flat[rng.randrange(len(self.flat))] = value
+        return real_clip(self, longest)
+
+    def token_loss(*arguments: Any) -> torch.Tensor:
+        loss = real_loss(*arguments)
+        return loss * value if now == step and place == "loss" else loss
+
+    optim.set_rate, optim.Gradients.clip, loop.token_loss = set_rate, clip, token_loss
+
+
+def clocks(subject: Subject, case: int, folder: Path) -> None:
+    rng = chance("i1", case)
+    out = folder / "run"
+    child = Child(jumping(subject.train(out), rng))
+    try:
+        ended = child.ended(patience=rng.uniform(0, 2 * duration(subject, merge=False)))
+        assert ended.code == 0, ended
+    except AssertionError as error:
+        if "no end after" not in str(error):
+            raise
+    for path in [*out.rglob("*"), out]:
+        stamp = rng.uniform(0, 4e9)
+        os.utime(path, (stamp, stamp))
+    ended = run(jumping(subject.train(out), rng))
+    assert ended.code == 0, ended
+    subject.check(out)
+    for line in (out / "log.txt").read_text().splitlines():
+        assert " -" not in line or "tokens/s" not in line, f"a negative rate: {line}"
+
+
+def jumping(action: Callable[[], int], rng: random.Random) -> Callable[[], int]:
+    """Let every look at the clock find another year; the monotonic clock goes on."""
+
+    class Jumping(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
+            return datetime(1970, 1, 2, tzinfo=tz) + timedelta(days=rng.uniform(0, 36500))
+
+    def jump() -> int:
+        for module in (lock, folders, progress):
+            module.datetime = Jumping  # type: ignore[attr-defined]
+        return action()
+
+    return jump
+
+
+TRIALS = [
+    Trial("e1", "NaN, Inf, 1e38 in a loss, gradient, moment, weight", 300, 16, not_finite),
+    Trial("i1", "clocks and file times that jump by decades", 50, 3, clocks),
+]

@@ -1,0 +1,146 @@
+"""Bytes that are no longer what was written: found, or without any effect."""
+
+import json
+from collections.abc import Callable, Mapping
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorakit import adapters
+from lorakit.errors import LorakitError
+from lorakit.model import base as bases
+from lorakit.model.sites import find_sites
+from lorakit.model.tokenizer import read_tokenizer
+from lorakit.recipe.sections import Model
+from lorakit.training import checkpoint
+from tests.faults.damage import damage
+from tests.faults.subject import Subject, copied
+from tests.faults.trials import Trial, chance
+
+PROBE = "the user asks <|im_end|> the system"
+
+
+def flipped_checkpoint(subject: Subject, case: int, folder: Path) -> None:
+    spoilt_checkpoint(subject, "d1", case, folder, flips_only=True)
+
+
+def torn_checkpoint(subject: Subject, case: int, folder: Path) -> None:
+    spoilt_checkpoint(subject, "d2", case, folder, flips_only=False)
+
+
+def spoilt_checkpoint(
+    subject: Subject, trial: str, case: int, folder: Path, *, flips_only: bool
+) -> None:
+    """Damage the newer of two checkpoints; the older one is taken, and the newer one named."""
+    copied(subject.whole / "checkpoints", folder / "checkpoints")
+    older, newer = sorted((folder / "checkpoints").iterdir())
+    rng = chance(trial, case)
+    if not flips_only and rng.random() < 0.1:
+        copied(older, newer.with_name("step-000009"))
+        what, bad = "an older one under a newer name", 9
+        newer = older  # nothing newer is to be named
+        expected = 4
+    else:
+        what, bad, expected = damage(newer, rng, flips_only=flips_only), 4, 3
+    found, notices = checkpoint.newest(folder / "checkpoints")
+    assert found, what
+    assert found.state.step == expected, f"{what}: step {found.state.step} was taken"
+    assert any(f"skipped step {bad}:" in notice.message for notice in notices), what
+
+
+def rotten_adapter(subject: Subject, case: int, folder: Path) -> None:
+    path = copied(subject.whole / "adapter", folder / "adapter")
+    what = damage(path, chance("d3", case), flips_only=case % 2 == 0)
+    unharmed(lambda: of_adapter(subject, path), facts_of_adapter(subject), what)
+
+
+def rotten_merge(subject: Subject, case: int, folder: Path) -> None:
+    path = copied(subject.whole / "merged", folder / "merged")
+    what = damage(path, chance("d4", case), flips_only=case % 2 == 0)
+    unharmed(lambda: of_model(path), facts_of_merge(subject), what)
+
+
+def unharmed(load: Callable[[], Mapping[str, Any]], wanted: Mapping[str, Any], what: str) -> None:
+    """Check that loading is refused in lorakit's words, or gives what it always gave."""
+    try:
+        found = load()
+    except LorakitError:
+        return
+    if found.get("told"):  # in a warning, which --strict makes an error
+        return
+    for key, value in wanted.items():
+        assert found.get(key) == value, f"{what} changed {key}"
+
+
+@cache
+def facts_of_adapter(subject: Subject) -> Mapping[str, Any]:
+    return of_adapter(subject, subject.whole / "adapter")
+
+
+@cache
+def facts_of_merge(subject: Subject) -> Mapping[str, Any]:
+    return of_model(subject.whole / "merged")
+
+
+def of_adapter(subject: Subject, path: Path) -> dict[str, Any]:
+    """Return what a saved adapter does: its layers on the base, its prompts, its papers."""
+    saved = adapters.read(path)
+    adapters.check_base(saved, subject.plan.base)
+    model = bases.skeleton(subject.plan.base)
+    layers = adapters.merge_layers(saved, find_sites(model))
+    found: dict[str, Any] = {
+        name: (layer.scale, {key: digest(one) for key, one in layer.tensors().items()})
+        for name, layer in layers.items()
+    }
+    passport: Any = saved.passport or {}
+    data = passport.get("recipe", {}).get("data", {})
+    return found | {
+        "told": any(notice.id == "adapter.passport-changed" for notice in saved.notices),
+        "method": saved.method().name(),
+        "tokenizer": of_tokenizer(path, subject.plan.base.config),
+        "system": data.get("system"),
+        "format": data.get("format"),
+    }
+
+
+def of_model(path: Path) -> dict[str, Any]:
+    """Return what a model folder holds: settings, weights, and what its tokenizer does."""
+    base = bases.find(
+        Model(path=str(path)), Path(), offline=True, allow_remote_code=False, cache=Path("none")
+    )
+    model = bases.load(base, device=torch.device("cpu"), dtype=torch.float32)
+    settings = base.config.to_dict() | {"name_or_path": None, "_name_or_path": None}
+    return {
+        "config": json.dumps(settings, sort_keys=True, default=str),
+        "generation": base.generation.to_json_string(ignore_metadata=True),
+        "tokenizer": of_tokenizer(path, base.config),
+        **{name: digest(tensor) for name, tensor in model.state_dict().items()},
+    }
+
+
+def of_tokenizer(path: Path, config: Any) -> tuple[Any, ...]:
+    """Return what a tokenizer makes of a text, and its template of a conversation."""
+    tokenizer = read_tokenizer(path, config)
+    ids = tokenizer(PROBE)["input_ids"]
+    return (
+        ids,
+        tokenizer.decode(range(len(tokenizer))),
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+        tokenizer.chat_template,
+    )
+
+
+def digest(tensor: torch.Tensor) -> str:
+    return sha256(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+TRIALS = [
+    Trial("d1", "one flipped bit anywhere in a checkpoint", 10_000, 300, flipped_checkpoint),
+    Trial("d2", "a checkpoint cut, extended, swapped, zeroed, removed", 2000, 60, torn_checkpoint),
+    Trial("d3", "an adapter flipped or torn", 2000, 100, rotten_adapter),
+    Trial("d4", "a merged model flipped or torn", 1000, 40, rotten_merge),
+]

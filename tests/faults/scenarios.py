@@ -1,0 +1,142 @@
+"""What a fault interrupts: a start, two kinds of resume, a run done again, and merges."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+
+from lorakit import adapters
+from lorakit.export.merge import REPORT
+from lorakit.storage.publish import sweep
+from lorakit.training import checkpoint, loop
+from tests.faults.forked import run
+from tests.faults.powerloss import Recording, record
+from tests.faults.subject import Subject, copied, result
+
+SHARDS = "40KB"  # makes three files of the tiny model
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What is there before, what is done, what must hold right after a fault, and at the end.
+
+    Each takes the folder in which it happens. `done` runs the same command again.
+    """
+
+    name: str
+    prepare: Callable[[Path], object]
+    action: Callable[[Path], Callable[[], int]]
+    intact: Callable[[Path], None]
+    done: Callable[[Path], None]
+    least_step: int = 0
+
+    def recording(self, subject: Subject) -> Recording:
+        """Return what a run of it without a fault does to the disk."""
+        return _recorded(self, subject)
+
+
+@cache
+def scenarios(subject: Subject) -> list[Scenario]:
+    """Return all scenarios."""
+
+    def train(folder: Path) -> Callable[[], int]:
+        return subject.train(folder / "run", merge=True)
+
+    def intact(folder: Path) -> None:
+        out = folder / "run"
+        for name in ("adapter", "merged"):
+            if (out / name).exists():
+                assert whole(out / name), f"half of {name}"
+                found = result(out)
+                assert all(subject.wanted[key] == found[key] for key in found)
+
+    def done(folder: Path) -> None:
+        subject.finish(folder / "run", merge=True)
+
+    def merged(*more: str) -> Callable[[Path], Callable[[], int]]:
+        arguments = ("merge", str(subject.whole / "adapter"), "--max-shard-size", SHARDS, *more)
+        return lambda folder: (
+            lambda: subject.lorakit(*arguments, "--out", str(folder / "merged"), "--no-verify")
+        )
+
+    def old_or_new(folder: Path) -> None:
+        if (folder / "merged").exists():
+            assert whole(folder / "merged"), "half of a merge"
+
+    def merged_at_last(folder: Path) -> None:
+        # What stands there is believed only when it is whole; --overwrite replaces it.
+        ended = run(merged("--overwrite")(folder))
+        assert ended.code == 0, ended
+        assert whole(folder / "merged")
+        assert [path.name for path in folder.iterdir()] == ["merged"]
+
+    def merge_before(folder: Path) -> None:
+        assert run(merged("--scale", "0.5")(folder)).code == 0
+
+    return [
+        Scenario("start", lambda _: None, train, intact, done),
+        Scenario("newest damaged", lambda f: newest_damaged(subject, f), train, intact, done, 3),
+        Scenario("saved again", lambda f: evaluation_owed(subject, f), train, intact, done, 3),
+        Scenario("finished", lambda f: copied(subject.whole, f / "run"), train, intact, done, 4),
+        Scenario("merge", lambda _: None, merged(), old_or_new, merged_at_last),
+        Scenario("merge over", merge_before, merged("--overwrite"), old_or_new, merged_at_last),
+    ]
+
+
+def newest_damaged(subject: Subject, folder: Path) -> None:
+    """Make a run whose last checkpoint lost a bit: it goes on from the one before."""
+    out = copied(subject.whole, folder / "run")
+    path = out / "checkpoints" / "step-000004" / "optimizer.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def evaluation_owed(subject: Subject, folder: Path) -> None:
+    """Make a run that was stopped in an evaluation: the step is saved again after it."""
+
+    def action() -> int:
+        loop.score = lambda *_: os.kill(os.getpid(), signal.SIGTERM) or []
+        return subject.train(folder / "run")()
+
+    ended = run(action)
+    assert ended.code == 75, ended
+
+
+def whole(folder: Path) -> bool:
+    """Tell whether an adapter, or a merge, is complete by its own digests."""
+    if folder.name == "adapter":
+        adapters.read(folder)
+        return True
+    report = json.loads((folder / REPORT).read_text())
+    return all(
+        sha256((folder / shard["file"]).read_bytes()).hexdigest() == shard["sha256"]
+        for shard in report["shards"]
+    )
+
+
+def resumable(folder: Path, least: int, written: dict[int, set[bytes]]) -> None:
+    """Check that what a resume would find is good, and no older than step `least`."""
+    checkpoints = folder / "run" / "checkpoints"
+    if checkpoints.is_dir():
+        sweep(checkpoints)
+    found, _ = checkpoint.newest(checkpoints)
+    step = found.state.step if found else 0
+    assert step >= least, f"step {step} is found, {least} was saved"
+    if found:
+        content = (found.folder / "optimizer.safetensors").read_bytes()
+        assert content in written[step], f"step {step} is not what the run saved"
+
+
+@cache
+def _recorded(scenario: Scenario, subject: Subject) -> Recording:
+    subject.whole  # noqa: B018  # made first: it warms this process up
+    place = subject.folder / "recorded" / scenario.name.replace(" ", "-")
+    below = place / "below"
+    below.mkdir(parents=True)
+    scenario.prepare(below)
+    return record(scenario.action(below), below, place / "before")

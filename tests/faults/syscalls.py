@@ -1,0 +1,124 @@
+"""What a child asks of the kernel: each change to the disk, listed, refused, or its last act.
+
+strace attaches to a child that waits, so the kernel itself is the witness: calls of Rust and C
+libraries are seen as well as Python's.
+"""
+
+import re
+import shutil
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from tests.faults.forked import Child, Ended
+
+CHANGES = (
+    "open openat mkdir mkdirat write pwrite64 writev pwritev ftruncate fsync fdatasync chmod fchmod"
+    " fchmodat rename renameat renameat2 link linkat symlink unlink unlinkat rmdir"
+).split()
+WRITABLE = ("O_WRONLY", "O_RDWR", "O_CREAT")
+_LINE = re.compile(r"(?P<name>\w+)\((?P<arguments>.*)\) += (?P<result>-?\d+)")
+_QUOTED = re.compile(r'(?:(?:AT_FDCWD|\d+)<(?P<at>[^>]*)>, )?"(?P<path>(?:[^"\\]|\\.)*)"')
+_OPENED = re.compile(r"\d+<(?P<path>[^>]*)>")
+
+Action = Callable[[], int | None]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call that changed the disk: the `number`-th of its name in the main thread."""
+
+    name: str
+    number: int
+    paths: tuple[str, ...]
+    flags: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {' → '.join(self.paths)}"
+
+
+@cache
+def why_not() -> str | None:
+    """Say why calls cannot be traced here, None when they can."""
+    if shutil.which("strace") is None:
+        return "strace is not installed"
+    ended, complaint = _traced(lambda: 0, "-e", "trace=none")
+    return None if ended and ended.code == 0 else f"ptrace is not allowed: {complaint.strip()}"
+
+
+def listed(action: Action, below: Path, log: Path) -> list[Call]:
+    """Carry out an action; return each call that changed something below a folder."""
+    trace = f"trace={','.join(CHANGES)}"
+    ended, complaint = _traced(action, "-y", "-s", "0", "-e", trace, "-o", str(log))
+    assert ended, complaint
+    assert ended.code == 0, ended
+    counts: Counter[str] = Counter()
+    calls = []
+    for line in log.read_text(errors="replace").splitlines():
+        if (match := _LINE.match(line)) is None:
+            continue
+        name, arguments = match["name"], match["arguments"]
+        counts[name] += 1
+        if int(match["result"]) < 0:
+            continue
+        if name.startswith("open") and not any(flag in arguments for flag in WRITABLE):
+            continue
+        paths = _paths(name, arguments)
+        if paths and paths[0].startswith(f"{below}"):
+            calls.append(Call(name, counts[name], paths, arguments))
+    return calls
+
+
+def killed_before(call: Call, action: Action) -> Ended:
+    """Carry out an action in a child that is killed before one call takes effect."""
+    return _injected(call, action, "signal=KILL")
+
+
+def refused_at(call: Call, action: Action, error: str) -> Ended:
+    """Carry out an action in a child of which one call fails with an error such as `ENOSPC`."""
+    return _injected(call, action, f"error={error}")
+
+
+def _injected(call: Call, action: Action, what: str) -> Ended:
+    inject = f"inject={call.name}:{what}:when={call.number}"
+    ended, complaint = _traced(action, "-e", f"trace={call.name}", "-e", inject, "-o", "/dev/null")
+    assert ended, complaint
+    return ended
+
+
+def _traced(action: Action, *options: str) -> tuple[Ended | None, str]:
+    """Carry out an action under strace; None with what strace said where it cannot attach."""
+    child = Child(action, held=True)
+    strace = subprocess.Popen(
+        ["strace", "-p", str(child.pid), *options], stderr=subprocess.PIPE, text=True
+    )
+    while not (attached := _is_traced(child.pid)) and strace.poll() is None:
+        time.sleep(0.001)
+    ended = child.release().ended()
+    complaint = strace.communicate()[1]
+    return (ended if attached else None), complaint
+
+
+def _is_traced(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return "TracerPid:\t0\n" not in status
+
+
+def _paths(name: str, arguments: str) -> tuple[str, ...]:
+    """Return the whole paths that a call is about."""
+    if match := _OPENED.match(arguments):
+        if name in ("write", "pwrite64", "writev", "pwritev", "ftruncate", "fchmod") or (
+            name in ("fsync", "fdatasync")
+        ):
+            return (match["path"],)
+    found = []
+    for match in _QUOTED.finditer(arguments):
+        path = match["path"].encode().decode("unicode_escape").encode("latin-1").decode()
+        if not path.startswith("/"):
+            path = f"{match['at']}/{path}"
+        found.append(path)
+    return tuple(found)

@@ -1,0 +1,56 @@
+"""The faults, each with its count: a case is a number, and the same number is the same fault."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.faults.subject import Subject
+
+
+class Missing(Exception):
+    """This machine lacks what a trial needs."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A fault: what is done, how often in full and in the tests, and what must hold.
+
+    `body` takes the subject, the number of the case and an empty folder. It raises whatever it
+    likes when something does not hold, and `Missing` when it cannot be tried here.
+    """
+
+    id: str
+    what: str
+    full: int | Callable[[Subject], int]
+    quick: int
+    body: Callable[[Subject, int, Path], None]
+
+    def count(self, subject: Subject) -> int:
+        """Return how many cases there are."""
+        return self.full if isinstance(self.full, int) else self.full(subject)
+
+    def sample(self, subject: Subject) -> list[int]:
+        """Return the few cases that the tests try, spread over all."""
+        count = self.count(subject)
+        quick = min(self.quick, count)
+        return [number * count // quick for number in range(quick)]
+
+
+def chance(trial: str, case: int) -> random.Random:
+    """Return the random numbers of one case."""
+    return random.Random(f"{trial} {case}")
+
+
+def all_trials() -> list[Trial]:
+    """Return every trial, in the order of the table."""
+    from tests.faults import disk, fuzz, hostile, kills, numbers_, rotten, together
+
+    return [
+        *kills.TRIALS,
+        *disk.TRIALS,
+        *rotten.TRIALS,
+        *numbers_.TRIALS,
+        *together.TRIALS,
+        *fuzz.TRIALS,
+    ]
