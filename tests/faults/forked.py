@@ -45,8 +45,8 @@ class Child:
         try:
             for descriptor in (1, 2):
                 os.dup2(self._printed, descriptor)
-            sys.stdout = open(1, "w", buffering=1, closefd=False)
-            sys.stderr = open(2, "w", buffering=1, closefd=False)
+            sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+            sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
             code = action()
         except BaseException:
             traceback.print_exc()

@@ -31,19 +31,28 @@ ESCAPES = (
     "{{ raise_exception.__globals__.sys.modules['os'].system('touch {canary}') }}",
     "{{ 10 ** (10 ** 7) }}",
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "{% set ns = namespace(x='aaaa') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
-    "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}"
-    "{{ ns.x | tojson }}",
-)  # fmt: skip
+    "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}"
+    "{{ n.x | tojson }}",
+)
 COMMANDS = {
-    "adapter": (("generate", "{folder}/adapter", "hi", "--max-new-tokens", "2"),
-                ("merge", "{folder}/adapter", "--out", "{folder}/out", "--no-verify")),
-    "model": (("plan", "{folder}/recipe.yaml"),
-              ("merge", "{folder}/adapter", "--base", "{folder}/model", "--out", "{folder}/out")),
-    "recipe": (("plan", "{folder}/recipe.yaml"), ("train", "{folder}/recipe.yaml", "--out", "{folder}/run"),
-               ("data", "check", "{folder}/recipe.yaml"), ("eval", "{folder}/recipe.yaml")),
-    "checkpoint": (("train", "{folder}/recipe.yaml", "--out", "{folder}/run", "--resume"),),
-}  # fmt: skip
+    "adapter": ("generate adapter hi --max-new-tokens 2", "merge adapter --out out --no-verify"),
+    "model": ("plan recipe.yaml", "merge adapter --base model --out out"),
+    "recipe": (
+        "plan recipe.yaml",
+        "train recipe.yaml --out run",
+        "data check recipe.yaml",
+        "eval recipe.yaml --adapter adapter",
+    ),
+    "checkpoint": ("train recipe.yaml --out run --resume",),
+}
+
+ALWAYS = frozenset(
+    """
+    pickle.find_class os.system os.exec os.posix_spawn os.spawn pty.spawn webbrowser.open
+    socket.connect socket.getaddrinfo socket.bind
+    """.split()
+)
 
 Spoil = Callable[[Path, random.Random, str], None]
 
@@ -145,6 +154,7 @@ def escaping_template(folder: Path, rng: random.Random, canary: str) -> None:
     template = rng.choice(ESCAPES).replace("{canary}", canary)
     for place in ("model", "adapter"):
         (folder / place / "chat_template.jinja").write_text(template)
+    (folder / "adapter" / "lorakit.json").unlink()
 
 
 def running_recipe(folder: Path, rng: random.Random, canary: str) -> None:
@@ -211,10 +221,10 @@ def loaded(subject: Subject, case: int, folder: Path) -> None:
         at_home = Subject(folder)
         os.chdir(folder)
         watch(log, (folder, subject.folder))
-        return at_home.lorakit(*(word.format(folder=folder) for word in command))
+        return at_home.lorakit(*command.split())
 
     ended = run(action)
-    what = f"{spoil.__name__} in {' '.join(command)}"
+    what = f"{spoil.__name__} in {command}"
     assert not canary.exists(), f"{what}: its code ran: {ended}"
     events = log.read_text() if log.exists() else ""
     assert not events, f"{what}: {events}"
@@ -228,11 +238,9 @@ def watch(log: Path, places: tuple[Path, ...]) -> None:
     """From now on write down every event that no loading of data needs."""
     homes = (*places, Path(sys.prefix), Path(sys.base_prefix), Path("/dev/null"), Path("/dev/shm"))
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    always = ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "pty.spawn",
-              "socket.connect", "socket.getaddrinfo", "socket.bind", "webbrowser.open")  # fmt: skip
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in always or _is_forbidden(event, arguments, homes, places[0]):
+        if event in ALWAYS or _is_forbidden(event, arguments, homes, places[0]):
             os.write(descriptor, f"{event} {str(arguments)[:200]}\n".encode())
 
     sys.addaudithook(hook)

@@ -47,17 +47,18 @@ class Recording:
         return length
 
     def returned(self, length: int, name: str) -> bool:
-        """Tell whether the publication of `…/name` had ended before this many changes."""
-        at = None
-        for number, call in enumerate(self.calls[:length]):
-            if call.name.startswith("rename") and Path(call.paths[-1]).name == name:
-                at = number
-            elif call.name.startswith("rename") and Path(call.paths[0]).name == name:
-                at = None
-        parent = Path(self.calls[at].paths[-1]).parent if at is not None else None
-        return at is not None and any(
-            call.name == "fsync" and Path(call.paths[0]) == parent for call in self.calls[at:length]
-        )
+        """Tell whether what stands at `name` was published for good before so many changes."""
+        place = str(self.below / name)
+        put = synced = False
+        for call in self.calls[:length]:
+            if call.name.startswith("rename"):
+                if call.paths[-1] == place:
+                    put, synced = True, False
+                elif call.paths[0] == place:
+                    put = False
+            elif call.name == "fsync" and call.paths[0] == os.path.dirname(place):
+                synced = True
+        return put and synced
 
     def _bytes(self, path: Path, here: Path, later: list[Call], rng: random.Random) -> bytes:
         """Return what a file holds: its bytes where they were synced, else what chance leaves."""

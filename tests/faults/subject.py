@@ -1,4 +1,4 @@
-"""What the faults happen to: a tiny model and ten steps, planned once and carried out often."""
+"""What the faults happen to: a tiny model and four steps, planned once and carried out often."""
 
 import json
 import os

@@ -4,6 +4,7 @@ strace attaches to a child that waits, so the kernel itself is the witness: call
 libraries are seen as well as Python's.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -67,7 +68,7 @@ def listed(action: Action, below: Path, log: Path) -> list[Call]:
             continue
         if name.startswith("open") and not any(flag in arguments for flag in WRITABLE):
             continue
-        paths = _paths(name, arguments)
+        paths = _paths(arguments)
         if paths and paths[0].startswith(f"{below}"):
             calls.append(Call(name, counts[name], paths, arguments))
     return calls
@@ -108,17 +109,13 @@ def _is_traced(pid: int) -> bool:
     return "TracerPid:\t0\n" not in status
 
 
-def _paths(name: str, arguments: str) -> tuple[str, ...]:
+def _paths(arguments: str) -> tuple[str, ...]:
     """Return the whole paths that a call is about."""
-    if match := _OPENED.match(arguments):
-        if name in ("write", "pwrite64", "writev", "pwritev", "ftruncate", "fchmod") or (
-            name in ("fsync", "fdatasync")
-        ):
-            return (match["path"],)
     found = []
     for match in _QUOTED.finditer(arguments):
         path = match["path"].encode().decode("unicode_escape").encode("latin-1").decode()
-        if not path.startswith("/"):
-            path = f"{match['at']}/{path}"
-        found.append(path)
+        # What is written is left out, and stands there as an empty text.
+        found.append(os.path.join(match["at"] or "", path).rstrip("/"))
+    if not found and (match := _OPENED.match(arguments)):
+        found.append(match["path"])
     return tuple(found)
