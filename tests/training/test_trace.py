@@ -1,0 +1,102 @@
+"""What the trace counts without memory is what a real forward pass keeps, to the byte."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import PreTrainedModel
+
+from lorakit.training.trace import Line, Trace, plain_trace, trace
+from tests.tiny import tiny_config
+from tests.training.shapes import adapted, llama
+
+LENGTH = 12
+QV = ["q_proj", "v_proj"]
+
+
+def kept(model: PreTrainedModel, rows: int, *, packed: bool) -> int:
+    """Return the bytes of all storages that autograd keeps of a real forward pass."""
+    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    seen: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in known:
+            seen[place] = tensor
+        return tensor
+
+    shape = (1, rows * LENGTH) if packed else (rows, LENGTH)
+    positions = torch.arange(LENGTH).repeat(rows).view(shape)
+    inputs: dict[str, Any] = {"documents": ((rows, LENGTH),) if packed else ((1, LENGTH),)}
+    if packed:
+        inputs["position_ids"] = positions
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        ids = torch.zeros(shape, dtype=torch.long)
+        out = model.base_model(input_ids=ids, use_cache=False, **inputs)[0]
+    assert out.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
+
+
+def predicted(traced: Trace, tokens: int) -> float:
+    """Return the bytes that a trace says are kept."""
+    parts = (*(layer.saved for layer in traced.layers), traced.after.saved, traced.shared)
+    return sum(line(tokens) for line in parts)
+
+
+@pytest.mark.parametrize(
+    ("family", "packed", "adapter"),
+    [
+        ("llama", True, {"rank": 4}),
+        ("llama", False, {"rank": 4, "dropout": 0.1}),
+        ("llama", True, {"rank": 4, "layers": [1]}),
+        ("llama", True, {"rank": 2, "modules_to_save": ["norm", "embed_tokens"]}),
+        ("llama", True, {"method": "dora", "rank": 2}),
+        ("llama", False, {"method": "prefix", "tokens": 4}),
+        ("qwen2", True, {"rank": 2, "target_modules": "attention"}),
+        ("qwen2", True, {"method": "ia3"}),
+        ("gpt2", True, {"rank": 4}),
+    ],
+    ids=str,
+)
+def test_the_trace_is_what_a_real_pass_keeps(
+    family: str, packed: bool, adapter: dict[str, Any]
+) -> None:
+    config = tiny_config(family)
+    real = adapted(config, "cpu", torch.float32, **adapter)
+    traced = trace(adapted(config, "meta", torch.float32, **adapter), LENGTH, packed=packed)
+    for rows in (1, 3):
+        assert predicted(traced, rows * LENGTH) == kept(real, rows, packed=packed)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", QV], ids=str)
+def test_a_layer_keeps_what_was_published(targets: Any) -> None:
+    """bf16, in bytes a token: two norms in fp32, what attention and the MLP keep, and x Aᵀ.
+
+    All linears: 16 d + 8 f + 4 kv + 4 heads + 14 r + 8; packed, the joined output of attention
+    besides. q and v alone: 14 d + 6 f + 4 kv + 4 heads + 4 r + 8.
+    """
+    d, f, kv, heads, r = 512, 1792, 128, 8, 16
+    config = llama(d, f, 3, heads, kv * heads // d, 320)
+    model = adapted(config, "meta", torch.bfloat16, rank=r, target_modules=targets)
+    layer = trace(model, 64, packed=True).layers[1]
+    common = 4 * kv + 4 * heads + 8
+    both = 16 * d + 8 * f + 14 * r + 2 * d if targets != QV else 14 * d + 6 * f + 4 * r
+    assert layer.saved == Line(0, common + both)
+    assert layer.input == Line(0, 2 * d)
+    products = 2 * (2 * d * d + 2 * d * kv + 3 * d * f)
+    per_site = {"q": 2 * d, "v": d + kv}
+    every = {**per_site, "k": d + kv, "o": 2 * d, "gate": d + f, "up": d + f, "down": f + d}
+    lora = 2 * r * sum((per_site if targets == QV else every).values())
+    assert layer.forward == Line(0, products + lora)
+
+
+def test_what_cannot_be_traced_is_guessed_from_its_widths() -> None:
+    config = llama(512, 1792, 3, 8, 8, 320)
+    model = adapted(config, "meta", torch.bfloat16, rank=4)
+    traced, guess = trace(model, 64, packed=False), plain_trace(config, torch.bfloat16)
+    assert len(guess.layers) == len(traced.layers)
+    for name in ("input", "saved", "peak", "forward", "backward"):
+        seen = getattr(traced.layers[1], name).slope
+        assert getattr(guess.layers[1], name).slope == pytest.approx(seen, rel=0.25)
