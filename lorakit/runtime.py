@@ -84,6 +84,12 @@ class Runtime:
             return torch.cuda.mem_get_info(self.device)[0]
         return available_bytes()
 
+    def least_free_bytes(self) -> int:
+        """Return the memory that every process can have on its device."""
+        free = torch.zeros(self.processes, dtype=torch.int64, device=self.device)
+        free[self.process] = self.free_bytes()
+        return int(self.sum(free).min())
+
     def seed_step(self, seed: int, step: int) -> None:
         """Seed the generators for one step: dropout is a function of seed, step and process.
 

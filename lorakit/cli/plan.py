@@ -24,6 +24,7 @@ def plan(
     """Show sites, counts, steps, memory and warnings; exit 1 when it will not fit."""
     from lorakit.cli.reading import read_recipe
     from lorakit.runtime import start
+    from lorakit.training import summary
     from lorakit.training.memory import GIB
     from lorakit.training.plan import Permissions, make
 
@@ -31,8 +32,10 @@ def plan(
     permissions = Permissions(screen.offline, allow_local_code, allow_remote_code)
     made = make(loaded, start(), permissions)
     screen.notice(*made.notices)
-    lines = [f"{label:9} {text}" for label, text in made.lines()]
-    screen.result("\n".join(lines), made.facts(), exit=0 if made.fits else CheckFailed.exit_code)
+    lines = [f"{label:9} {text}" for label, text in summary.lines(made)]
+    screen.result(
+        "\n".join(lines), summary.facts(made), exit=0 if made.fits else CheckFailed.exit_code
+    )
     if made.fits:
         return
     error = CheckFailed(

@@ -4,7 +4,7 @@ import json
 import shlex
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from lorakit.recipe.sections import Recipe
 from lorakit.runtime import Runtime, start
 from lorakit.storage.redact import redact
 from lorakit.training import folder as folders
-from lorakit.training import passports
+from lorakit.training import passports, summary
 from lorakit.training.checkpoint import check_space
 from lorakit.training.folder import Mode, RunFolder
 from lorakit.training.loop import train as train_plan
@@ -84,10 +84,10 @@ def planned_run(
     plan = make(recipe, runtime, permissions)
     if runtime.is_main:
         screen.notice(*plan.notices)
-    for label, text in plan.lines():
+    for label, text in summary.lines(plan):
         screen.say(f"{label:9} {text}")
     if runtime.is_main:
-        check_space(path / "checkpoints", plan.trainable, recipe.train.keep_checkpoints)
+        check_space(path / "checkpoints", plan.shape.trainable, recipe.train.keep_checkpoints)
     return plan
 
 
@@ -140,18 +140,24 @@ def merge_run(screen: Screen, plan: Plan, folder: RunFolder, runtime: Runtime) -
 
 
 def as_begun(plan: Plan, folder: RunFolder) -> Plan:
-    """Return the plan with the automatic choices of the run that goes on."""
-    begun = folder.facts.get("gradient_checkpointing")
-    if folder.resume and plan.recipe.train.gradient_checkpointing == "auto":
-        return replace(plan, checkpointing=bool(begun))
-    return plan
+    """Return the plan with the choices of the run that goes on, but for keys that were changed."""
+    if not folder.resume:
+        return plan
+
+    def begun(key: str, fact: str, planned: int) -> int:
+        return planned if f"recipe.train.{key}" in folder.changed else int(folder.facts[fact])
+
+    return plan.with_choices(
+        begun("micro_batch_size", "micro_batch_limit", plan.steps.limit),
+        begun("gradient_checkpointing", "recomputed_layers", plan.setup.recomputed),
+    )
 
 
 def record(plan: Plan, runtime: Runtime, folder: RunFolder) -> None:
     """Write down what the run is, before it starts."""
     folder.write("recipe.yaml", plan.recipe.origin.text)
     folder.write("resolved.yaml", dump(plan.recipe))
-    folder.write("plan.json", json.dumps(plan.facts(), indent=2))
+    folder.write("plan.json", json.dumps(summary.facts(plan), indent=2))
     folder.note(
         command=redact(shlex.join(sys.argv), environment.all_variables()),
         device=runtime.describe(),
@@ -160,7 +166,8 @@ def record(plan: Plan, runtime: Runtime, folder: RunFolder) -> None:
         seed=plan.recipe.seed,
         dtype=str(plan.dtype).removeprefix("torch."),
         packing=plan.packing,
-        gradient_checkpointing=plan.checkpointing,
+        recomputed_layers=plan.setup.recomputed,
+        micro_batch_limit=plan.steps.limit,
         micro_batch_tokens=plan.steps.micro_batch_tokens,
     )
 

@@ -1,5 +1,6 @@
 """Examples → micro-batches. The position in the data is the number of the step, nothing else."""
 
+import copy
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
@@ -45,7 +46,10 @@ class Batch:
 
 
 class Steps:
-    """The micro-batches of every optimizer step: a pure function of seed and step number."""
+    """The micro-batches of every optimizer step: a pure function of seed and step number.
+
+    `limit` is how large a micro-batch may be: in tokens where `by_tokens`, else in rows.
+    """
 
     def __init__(
         self,
@@ -78,7 +82,8 @@ class Steps:
             processes: how many shares there are.
         """
         self._examples, self._seed = examples, seed
-        self._batch_size, self._micro_batch_size = batch_size, micro_batch_size
+        self._batch_size, self.by_tokens = batch_size, micro_batch_size == "auto"
+        self.limit = MICRO_BATCH_TOKENS if micro_batch_size == "auto" else micro_batch_size
         self._packing, self._max_length = packing, max_length
         self._process, self._processes = process, processes
         self._lengths = np.array([len(example.ids) for example in examples], np.int64)
@@ -132,10 +137,27 @@ class Steps:
         dense = self._packing == "dense"
         unit = self._longest_unit if dense or not self._packing else 0
         whole = self._batch_size * unit or int(longest[: self._batch_size].sum())
-        if self._micro_batch_size == "auto":
-            return min(whole, max(MICRO_BATCH_TOKENS, self._longest_unit))
-        size = self._micro_batch_size
-        return min(whole, size * unit or int(longest[:size].sum()))
+        if self.by_tokens:
+            return min(whole, max(self.limit, self._longest_unit))
+        return min(whole, self.limit * unit or int(longest[: self.limit].sum()))
+
+    @property
+    def trained_share(self) -> float:
+        """The trained tokens of an epoch as a share of all its tokens."""
+        return float(self._trained[self._rows].sum() / self._lengths[self._rows].sum())
+
+    def limited(self, limit: int) -> Self:
+        """Return the same steps in micro-batches of another limit: rows, or tokens when auto."""
+        other = copy.copy(self)
+        other.limit = limit
+        return other
+
+    def halved(self) -> Self | None:
+        """Return the same steps in micro-batches half as large, None where one is a single row."""
+        if not self.by_tokens:
+            return self.limited(self.limit // 2) if self.limit > 1 else None
+        tokens = self.micro_batch_tokens
+        return self.limited(tokens // 2) if tokens > self._longest_unit else None
 
     def order_sha256(self, index: int) -> str:
         """Return the digest of the row order in the epoch of a step: a checkpoint compares it."""
@@ -181,11 +203,11 @@ class Steps:
 
     def _grouped(self, lengths: list[int]) -> list[list[int]]:
         """Split the units of a step into micro-batches, at least one a process where it can be."""
-        if self._micro_batch_size == "auto":
+        if self.by_tokens:
             share = max(*lengths, math.ceil(sum(lengths) / self._processes))
-            budget = min(max(MICRO_BATCH_TOKENS, self._longest_unit), share)
+            budget = min(max(self.limit, self._longest_unit), share)
             return pack(lengths, budget) if self._packing else padded_groups(lengths, budget)
-        size = min(self._micro_batch_size, math.ceil(len(lengths) / self._processes))
+        size = min(self.limit, math.ceil(len(lengths) / self._processes))
         order = np.argsort([-length for length in lengths], kind="stable").tolist()
         return [order[at : at + size] for at in range(0, len(order), size)]
 

@@ -177,7 +177,9 @@ def find(
     return replace(base, notices=notices)
 
 
-def skeleton(base: Base, task: str = "causal-lm") -> PreTrainedModel:
+def skeleton(
+    base: Base, task: str = "causal-lm", dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
     """Return the model on the meta device: all shapes and ties, no memory.
 
     Raises:
@@ -187,7 +189,9 @@ def skeleton(base: Base, task: str = "causal-lm") -> PreTrainedModel:
 
     def make() -> PreTrainedModel:
         with torch.device("meta"):
-            model: PreTrainedModel = _AUTO.from_config(config, trust_remote_code=base.remote_code)
+            model: PreTrainedModel = _AUTO.from_config(
+                config, dtype=dtype, trust_remote_code=base.remote_code
+            )
         return model.requires_grad_(False)
 
     return attempt(str(base.where), make)

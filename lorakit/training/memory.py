@@ -1,93 +1,225 @@
-"""How much memory a run needs, by part, from shapes alone.
+"""How much memory a run needs, by part, from the shapes of a model and how it is run.
 
-The saved activations are those of transformers' blocks with the low-rank product of
-`adapters/_linear.py`, per token and layer (two norms in fp32, four inputs of width d, keys and
-values, four tensors of width f, the attention's row sums).
+Pure functions: what the layers keep comes from a trace, everything else is counted here.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Self
+from math import ceil, prod
 
 import torch
-from transformers import PretrainedConfig
+from torch import nn
+from transformers import PreTrainedModel
 
+from lorakit import adapters
 from lorakit.errors import RunFailed
+from lorakit.model.families import plain_head
+from lorakit.model.loss import CHUNK_BYTES, CHUNK_BYTES_GPU, CHUNK_ROWS
+from lorakit.training.trace import Trace
 
 GIB = 2**30
-# Interpreter, libraries and allocator slack; on CUDA the context.
-OVERHEAD = 600 * 2**20
-# Adapter, gradient, and the two moments of AdamW: fp32 each.
-BYTES_PER_STATE = 4
+# On a CPU the interpreter and its libraries, on a GPU the context of its driver.
+OVERHEAD, CONTEXT = 600 << 20, 500 << 20
+# Bits a quantised weight: 4, and an fp32 scale for each 64 of them; double quantisation keeps the
+# scales in 8 bits, and an fp32 scale for each 256 of those (Dettmers et al. 2023, 2305.14314).
+BITS_4, BITS_4_DOUBLE = 4 + 32 / 64, 4 + 8 / 64 + 32 / (64 * 256)
+# 8-bit states come in blocks with an fp32 scale each; small tensors keep fp32 states
+# (Dettmers et al. 2021, 2110.02861, as bitsandbytes has it).
+STATE_BLOCK, STATE_SMALLEST = 256, 4096
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The widths of a decoder that its activations depend on."""
+    """What an estimate knows of an adapted model.
 
+    Args:
+        trace: what its layers keep.
+        parameters: numbers in the base, tied ones once.
+        linears: (outputs, inputs) of the weights that can be quantised: all linears but the head.
+        trained: the shape of each trained tensor.
+        hidden: width of the states that the head takes.
+        vocabulary: rows of the head.
+        whole_logits: whether the loss needs the logits of all trained tokens at once.
+        dtype: of the base and its activations.
+    """
+
+    trace: Trace
+    parameters: int
+    linears: tuple[tuple[int, int], ...]
+    trained: tuple[tuple[int, ...], ...]
     hidden: int
-    mlp: int
-    keys: int
-    heads: int
-    layers: int
     vocabulary: int
+    whole_logits: bool
+    dtype: torch.dtype
 
     @classmethod
-    def of(cls, config: PretrainedConfig) -> Self:
-        """Read the widths from a config; what a family does not name follows from the others."""
-        text = config.get_text_config()
-        hidden, heads = text.hidden_size, text.num_attention_heads
-        key_heads = getattr(text, "num_key_value_heads", None) or heads
-        head = getattr(text, "head_dim", None) or hidden // heads
-        mlp = (
-            getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
+    def of(cls, model: PreTrainedModel, trace: Trace, dtype: torch.dtype) -> "Shape":
+        """Read the shape of an adapted model, which may be on the meta device."""
+        trained = adapters.trainable(model).values()
+        own = {
+            id(parameter) for layer in adapters.layers_of(model) for parameter in layer.parameters()
+        }
+        text = model.config.get_text_config()
+        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        return cls(
+            trace,
+            sum(p.numel() for p in model.parameters() if id(p) not in own),
+            tuple(
+                (module.out_features, module.in_features)
+                for module in model.modules()
+                if type(module) is nn.Linear and module is not head
+            ),
+            tuple(tuple(parameter.shape) for parameter in trained),
+            text.hidden_size,
+            text.vocab_size,
+            plain_head(model) is None,
+            dtype,
         )
-        return cls(hidden, mlp, key_heads * head, heads, text.num_hidden_layers, text.vocab_size)
 
-    def activations(self, dtype: torch.dtype) -> int:
-        """Return the bytes one token leaves behind in one layer until the backward pass."""
-        size = dtype.itemsize
-        norms = 2 * (4 * self.hidden + 4)
-        return norms + size * (4 * self.hidden + 2 * self.keys + 4 * self.mlp) + 4 * self.heads
+    @property
+    def trainable(self) -> int:
+        """The count of trained numbers."""
+        return sum(map(prod, self.trained))
+
+    @property
+    def layers(self) -> int:
+        return len(self.trace.layers)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a model is run.
+
+    Args:
+        tokens: of a micro-batch, padding included.
+        share: of them that are trained.
+        recomputed: layers, from the first, whose activations are computed again.
+        offload: whether the inputs of those wait in host memory.
+        quantization: of the base: none, nf4, fp4 or int8.
+        double_quant: whether the scales of a 4-bit base are quantised too.
+        optimizer: as the recipe names it.
+        gpu: whether a GPU computes.
+    """
+
+    tokens: int
+    share: float = 1.0
+    recomputed: int = 0
+    offload: bool = False
+    quantization: str = "none"
+    double_quant: bool = True
+    optimizer: str = "adamw"
+    gpu: bool = False
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by part."""
+    """Bytes by part on the device that computes, and what waits in the host's memory meanwhile."""
 
     parts: dict[str, int]
+    host: int = 0
 
     @property
     def total(self) -> int:
         return sum(self.parts.values())
 
 
-def estimate(
-    shape: Shape,
-    total: int,
-    trainable: int,
-    dtype: torch.dtype,
-    tokens: int,
-    *,
-    checkpointing: bool,
-) -> Memory:
-    """Estimate the peak of a step over micro-batches of `tokens` tokens."""
-    one_layer = tokens * shape.activations(dtype)
-    inputs = tokens * shape.hidden * dtype.itemsize * shape.layers
-    # Logits exist for one chunk at a time; scores, softmax and gradient are alive together.
-    chunk = 3 * 64 * 2**20
-    return Memory(
-        {
-            "weights": total * dtype.itemsize,
-            "adapters": trainable * BYTES_PER_STATE,
-            "grads": trainable * BYTES_PER_STATE,
-            "optimizer": 2 * trainable * BYTES_PER_STATE,
-            "activations": inputs + one_layer if checkpointing else one_layer * shape.layers,
-            "logits": min(chunk, 3 * 4 * tokens * shape.vocabulary),
-            "overhead": OVERHEAD,
-        }
-    )
+def estimate(shape: Shape, setup: Setup) -> Memory:
+    """Estimate the peak of a step."""
+    states = optimizer_bytes(shape, setup.optimizer)
+    paged = setup.optimizer.startswith("paged")
+    activations, logits = _activations(shape, setup)
+    quantised = setup.quantization != "none"
+    buffer = max(map(prod, shape.linears), default=0) * shape.dtype.itemsize
+    inputs = sum(layer.input(setup.tokens) for layer in shape.trace.layers[: setup.recomputed])
+    parts = {
+        "weights": weight_bytes(shape, setup.quantization, double_quant=setup.double_quant),
+        "adapters": 4 * shape.trainable,
+        "grads": 4 * shape.trainable,
+        "optimizer": 0 if paged else states,
+        "activations": activations,
+        "logits": logits,
+        "dequantization": buffer if quantised else 0,
+        "overhead": CONTEXT if setup.gpu else OVERHEAD,
+    }
+    return Memory(parts, round(inputs) * setup.offload + states * paged)
+
+
+def weight_bytes(shape: Shape, quantization: str, *, double_quant: bool = True) -> int:
+    """Return the bytes that the base takes."""
+    quantised = sum(map(prod, shape.linears))
+    dense = shape.dtype.itemsize * shape.parameters
+    if quantization == "none":
+        return dense
+    rest = dense - shape.dtype.itemsize * quantised
+    if quantization == "int8":
+        return rest + quantised + 4 * sum(outputs for outputs, _ in shape.linears)
+    bits = BITS_4_DOUBLE if double_quant else BITS_4
+    return rest + ceil(quantised * bits / 8)
+
+
+def optimizer_bytes(shape: Shape, optimizer: str) -> int:
+    """Return the bytes of an optimizer's states."""
+    return sum(_state_bytes(tensor, optimizer) for tensor in shape.trained)
+
+
+def _state_bytes(tensor: tuple[int, ...], optimizer: str) -> int:
+    numbers = prod(tensor)
+    if optimizer == "sgd":
+        return 0
+    if optimizer == "adafactor" and len(tensor) > 1:
+        return 4 * (numbers // tensor[-1] + tensor[-1])
+    moments = 1 if optimizer.startswith(("lion", "adafactor")) else 2
+    if optimizer.endswith("8bit") and numbers >= STATE_SMALLEST:
+        return moments * (numbers + 4 * ceil(numbers / STATE_BLOCK))
+    return moments * 4 * numbers
+
+
+def _activations(shape: Shape, setup: Setup) -> tuple[int, int]:
+    """Return the bytes of activations and of logits at the moment that needs most of both.
+
+    That is the loss, or the backward pass of what follows the last layer, of a layer, or of the
+    embedding: what lies behind a layer is gone by then.
+    """
+    tokens, layers = setup.tokens, shape.trace.layers
+    kept = [
+        min(layer.input(tokens), layer.saved(tokens))  # nothing where no gradient comes by
+        if number < setup.recomputed
+        else layer.saved(tokens)
+        for number, layer in enumerate(layers)
+    ]
+    if setup.offload:  # two inputs are on their way at a time
+        waiting = kept[: setup.recomputed]
+        kept[: setup.recomputed] = [0.0] * len(waiting)
+        kept[:1] = [2 * max(waiting, default=0)]
+    shared, after = shape.trace.shared(tokens), shape.trace.after
+    states = tokens * setup.share * shape.hidden * shape.dtype.itemsize
+    moments = [
+        (sum(kept) + shared + after.saved(tokens), _loss(shape, setup) + 2 * states),
+        (sum(kept) + after.peak(tokens) + states, 0.0),
+        *(
+            (sum(kept[:number]) + shared + layer.peak(tokens), 0.0)
+            for number, layer in enumerate(layers)
+        ),
+        (shape.trace.before(tokens), 0.0),
+    ]
+    activations, logits = max(moments, key=sum)
+    return round(activations), round(logits)
+
+
+def _loss(shape: Shape, setup: Setup) -> float:
+    """Return the bytes of logits, and of what is made of them, that are alive at a time.
+
+    In chunks: the fp32 scores and their log-softmax. At once: the log-softmax, its gradient and
+    that of the scores.
+    """
+    trained = setup.tokens * setup.share
+    if shape.whole_logits:
+        return trained * shape.vocabulary * 12
+    fewest, most = CHUNK_ROWS
+    budget = CHUNK_BYTES_GPU if setup.gpu else CHUNK_BYTES["cpu"]
+    rows = max(fewest, min(most, budget // (4 * shape.vocabulary)))
+    return min(rows, trained) * shape.vocabulary * 8
 
 
 @contextmanager

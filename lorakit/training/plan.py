@@ -5,8 +5,7 @@ and warnings come out. `train` runs exactly the plan that `plan` prints.
 """
 
 from collections import Counter
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,17 +17,17 @@ from lorakit.data.prepare import Dataset, prepare
 from lorakit.environment import cache_folder
 from lorakit.errors import BadInput, Notice
 from lorakit.model import base as base_models
-from lorakit.model.attention import can_pack
-from lorakit.model.base import Base
+from lorakit.model.attention import NAME, can_pack
+from lorakit.model.base import Attention, Base
 from lorakit.model.quantized import Quantization
 from lorakit.model.quantizer import notices_of
 from lorakit.model.sites import Site, find_sites, uneven
 from lorakit.recipe.rules import unusual
 from lorakit.recipe.sections import Recipe
 from lorakit.runtime import Runtime, resolve_dtype
-from lorakit.training import memory
-from lorakit.training.memory import GIB, Memory
-from lorakit.training.optim import warmup_steps
+from lorakit.training.fitting import settle
+from lorakit.training.memory import Memory, Setup, Shape, estimate
+from lorakit.training.trace import Trace, plain_trace, trace
 
 
 @dataclass(frozen=True)
@@ -64,17 +63,29 @@ class Plan:
     dataset: Dataset
     steps: Steps
     packing: Packing
-    dtype: torch.dtype
-    checkpointing: bool
-    trainable: int
-    total: int
-    memory: Memory
+    shape: Shape
+    setup: Setup
     free_bytes: int
     notices: tuple[Notice, ...]
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.shape.dtype
+
+    @property
+    def memory(self) -> Memory:
+        """The estimated peak of a step."""
+        return estimate(self.shape, self.setup)
+
+    @property
     def fits(self) -> bool:
         return self.memory.total <= self.free_bytes
+
+    def with_choices(self, limit: int, recomputed: int) -> "Plan":
+        """Return the plan with another limit of micro-batches and count of recomputed layers."""
+        steps = self.steps.limited(limit)
+        setup = replace(self.setup, tokens=steps.micro_batch_tokens, recomputed=recomputed)
+        return replace(self, steps=steps, setup=setup)
 
     @property
     def quantization(self) -> Quantization | None:
@@ -85,74 +96,6 @@ class Plan:
     def servable(self) -> dict[str, str]:
         """What serves the adapter when it is trained, or why not, while it can be changed."""
         return self.method.servable(self.sites)
-
-    def facts(self) -> dict[str, Any]:
-        """Return the plan as `plan.json` and `--json` hold it."""
-        report = self.dataset.report
-        return {
-            "base": self.base.name,
-            "method": self.recipe.adapter.method,
-            "sites": [
-                {"name": s.name, "kind": s.kind, "inputs": s.inputs, "outputs": s.outputs}
-                for s in self.sites
-            ],
-            "trainable": self.trainable,
-            "total": self.total,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "quantization": str(self.quantization or "none"),
-            "gradient_checkpointing": self.checkpointing,
-            "rows": len(self.dataset.train),
-            "eval_rows": len(self.dataset.eval),
-            "data": report.facts(),
-            "steps_per_epoch": self.steps.per_epoch,
-            "steps": self.steps.total,
-            "tokens": self.steps.tokens,
-            "memory": self.memory.parts | {"total": self.memory.total},
-            "free_bytes": self.free_bytes,
-            "fits": self.fits,
-            "servable": self.servable,
-        }
-
-    def lines(self) -> list[tuple[str, str]]:
-        """Return the plan for people: a label and what it says, a pair a line."""
-        recipe, report = self.recipe, self.dataset.report
-        share = 100 * self.trainable / self.total
-        groups = [
-            f"{g.target}  {g.sites} {'site' if g.sites == 1 else 'sites'}  {g.inputs}→{g.outputs}"
-            + (f"  rank {g.rank}" if g.rank else "")
-            for g in self.groups
-        ]
-        parts = "  ".join(f"{name} {size / GIB:.2f}" for name, size in self.memory.parts.items())
-        fits = "yes" if self.fits else "NO"
-        dtype = str(self.dtype).removeprefix("torch.")
-        held = f"  {self.quantization}" if self.quantization else ""
-        return [
-            ("Recipe", f"{recipe.origin.path} (valid)"),
-            ("Base", f"{self.base.name}  {self.total / 1e6:,.1f} M parameters  {dtype}{held}"),
-            ("Adapter", f"{recipe.adapter.method}  {groups[0]}"),
-            *(("", line) for line in groups[1:]),
-            (
-                "Trained",
-                f"{self.trainable:,} of {self.total:,} ({share:.3f} %), "
-                f"file {4 * self.trainable / 2**20:.1f} MiB",
-            ),
-            *(("Data" if k == 0 else "", line) for k, line in enumerate(report.lines())),
-            ("Steps", self._steps_line()),
-            ("Memory", f"{parts}  = {self.memory.total / GIB:.2f} GiB (estimate)"),
-            ("Fits", f"{fits}, {self.free_bytes / GIB:.1f} GiB free"),
-            ("Servable", " · ".join(" ".join(one) for one in self.servable.items())),
-            ("Output", str(recipe.run_folder)),
-        ]
-
-    def _steps_line(self) -> str:
-        train = self.recipe.train
-        stop = f", stops at {train.max_steps}" if train.max_steps else ""
-        warm = warmup_steps(train, self.steps.total)
-        return (
-            f"{self.steps.total} ({self.steps.per_epoch} an epoch x {train.epochs:g}{stop}), "
-            f"batch {train.batch_size}, {train.schedule} {train.learning_rate:g} "
-            f"after {warm} warm-up"
-        )
 
 
 def make(
@@ -172,9 +115,9 @@ def make(
         allow_remote_code=permissions.remote_code,
         cache=cache_folder(),
     )
-    skeleton = base_models.skeleton(base, recipe.task)
-    method, sites, coverage = choose(recipe, skeleton)
     dtype = resolve_dtype(recipe.model.dtype, runtime.device)
+    skeleton = base_models.skeleton(base, recipe.task, dtype)
+    method, sites, coverage = choose(recipe, skeleton)
     base_models.check_attention(recipe.model.attention)
     tokenizer = base_models.load_tokenizer(base)
     dataset = data or prepare_data(recipe, base, tokenizer, permissions)
@@ -196,19 +139,20 @@ def make(
     steps = Steps.of(
         dataset, recipe.train, packing, recipe.seed, runtime, max_length=recipe.data.max_length
     )
-    total = sum(p.numel() for p in skeleton.parameters())
     adapters.attach(method, skeleton, sites, seed=recipe.seed)
-    trainable = sum(p.numel() for p in adapters.trainable(skeleton).values())
-    shape = memory.Shape.of(base.config)
-    free = runtime.free_bytes()
-    estimates = {
-        flag: memory.estimate(
-            shape, total, trainable, dtype, steps.micro_batch_tokens, checkpointing=flag
-        )
-        for flag in (False, True)
-    }
-    chosen = recipe.train.gradient_checkpointing
-    checkpointing = estimates[False].total > free if chosen == "auto" else chosen
+    adapters.set_training(skeleton, True)
+    longest = max(len(example.ids) for example in dataset.train)
+    traced = _traced(skeleton, recipe.model.attention, longest, packing, notices)
+    shape = Shape.of(skeleton, traced, dtype)
+    free = runtime.least_free_bytes()
+    setup = Setup(
+        steps.micro_batch_tokens,
+        share=steps.trained_share,
+        quantization=recipe.model.quantization,
+        optimizer=recipe.train.optimizer,
+        gpu=runtime.lags,
+    )
+    steps, setup = settle(shape, setup, steps, free, recipe.train.gradient_checkpointing)
     return Plan(
         recipe,
         base,
@@ -219,11 +163,8 @@ def make(
         dataset,
         steps,
         packing,
-        dtype,
-        checkpointing,
-        trainable,
-        total,
-        estimates[checkpointing],
+        shape,
+        setup,
         free,
         tuple(notices),
     )
@@ -266,6 +207,26 @@ def prepare_data(
         offline=permissions.offline,
         allow_local_code=permissions.local_code,
     )
+
+
+def _traced(
+    skeleton: PreTrainedModel,
+    attention: Attention,
+    longest: int,
+    packing: Packing,
+    notices: list[Notice],
+) -> Trace:
+    """Count what the layers keep; roughly, with a notice, where a model cannot be run on meta."""
+    fused = attention in ("auto", "flash")
+    try:
+        if not fused or can_pack(skeleton) is None:
+            skeleton.set_attn_implementation(NAME if fused else attention)
+        return trace(skeleton, longest, packed=bool(packing))
+    except Exception as error:  # anything that a family's own code may raise
+        kind = skeleton.config.model_type
+        message = f"{kind} cannot be run without its weights, so its activations are a rough guess"
+        notices.append(Notice("plan.rough-estimate", f"{message} ({type(error).__name__})"))
+        return plain_trace(skeleton.config, skeleton.dtype)
 
 
 def _cannot_pack(method: Method, skeleton: PreTrainedModel) -> str | None:

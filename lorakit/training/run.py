@@ -94,8 +94,7 @@ def prepare(plan: Plan, runtime: Runtime, folder: RunFolder, reporter: Reporter,
         method = plan.method
         adapters.attach(method, model, sites, seed=plan.recipe.seed)
         method.start(model, sites, plan.steps.step(0, whole=True))
-    if plan.checkpointing:
-        checkpoint_layers(model)
+    checkpoint_layers(model, plan.setup.recomputed)
     adapters.set_training(model, True)
     named = adapters.trainable(model)
     optimizer = optim.build(settings, method.param_groups(model, settings.learning_rate))

@@ -202,7 +202,7 @@ def main() -> None:
         loaded=loaded,
         planned=plan.memory.parts | {"total": plan.memory.total},
         dtype=str(plan.dtype).removeprefix("torch."),
-        checkpointing=plan.checkpointing,
+        checkpointing=bool(plan.setup.recomputed),
         threads=torch.get_num_threads(),
         **({"profile": hottest(profiler, plan.base.config.vocab_size)} if profiler else {}),
     )

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -9,6 +10,7 @@ from typer.testing import CliRunner
 from lorakit.cli.app import app
 from lorakit.model import base, quantized
 from lorakit.runtime import Runtime
+from lorakit.training import fitting
 from tests.tiny import write_tiny_model
 
 runner = CliRunner()
@@ -60,16 +62,22 @@ def test_a_plan_that_does_not_fit_exits_1(recipe: str, monkeypatch: pytest.Monke
     assert (document["exit"], document["fits"]) == (1, False)
 
 
-def test_checkpointing_auto_comes_in_when_memory_asks_for_it(
+def test_checkpointing_auto_takes_as_many_layers_as_memory_asks_for(
     recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def planned() -> bool:
-        document = json.loads(runner.invoke(app, ["plan", recipe, "--json"]).stdout)
-        return bool(document["gradient_checkpointing"])
+    def planned() -> dict[str, Any]:
+        document: dict[str, Any] = json.loads(runner.invoke(app, ["plan", recipe, "--json"]).stdout)
+        return document
 
-    assert not planned()
+    free = planned()
+    assert free["recomputed_layers"] == 0
+    needed = free["memory"]["total"]
+    monkeypatch.setattr(Runtime, "free_bytes", lambda _: int((needed - 1) / fitting.MARGIN))
+    assert planned()["recomputed_layers"] == 1
     monkeypatch.setattr(Runtime, "free_bytes", lambda _: 1000)
-    assert planned()
+    small = planned()
+    assert small["recomputed_layers"] == 2
+    assert small["micro_batch_tokens"] < free["micro_batch_tokens"]
 
 
 def test_an_attention_that_is_not_installed_is_told_before_anything_is_written(

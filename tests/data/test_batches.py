@@ -217,3 +217,21 @@ def test_a_permutation_is_one(n: int, seed: int, epoch: int) -> None:
     order = permutation(n, seed, epoch, 0)
     assert sorted(order.tolist()) == list(range(n))
     assert (order == permutation(n, seed, epoch, 0)).all()
+
+
+@settings(max_examples=40)
+@given(keys=_settings())
+def test_halved_steps_take_the_same_rows_in_smaller_micro_batches(keys: dict[str, Any]) -> None:
+    steps = Steps(**keys)
+    split: Steps | None = steps
+    sizes = []
+    while split:
+        sizes.append(split.micro_batch_tokens)
+        for number in range(min(steps.total, 3)):
+            batches_of = [sorted(b.rows) for b in split.step(number)]
+            assert all(b.input_ids.numel() <= sizes[-1] for b in split.step(number))
+            whole = sorted(row for batch in steps.step(number) for row in batch.rows)
+            assert sorted(row for rows in batches_of for row in rows) == whole
+        smallest, split = split, split.halved()
+    assert sizes == sorted(sizes, reverse=True)
+    assert smallest.limited(steps.limit).micro_batch_tokens == steps.micro_batch_tokens

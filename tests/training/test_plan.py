@@ -14,6 +14,8 @@ from lorakit.errors import BadInput
 from lorakit.model import base as base_models
 from lorakit.recipe.reader import read
 from lorakit.runtime import Runtime
+from lorakit.training import plan as plans
+from lorakit.training import summary
 from lorakit.training.checkpoint import Checkpoint, State
 from lorakit.training.folder import RunFolder
 from lorakit.training.plan import Permissions, Plan, make
@@ -57,14 +59,14 @@ def test_the_counts_of_a_plan_are_those_of_the_adapted_model(
 ) -> None:
     plan = planned(folder, adapter=adapter)
     model = base_models.load(plan.base, device=ALONE.device, dtype=plan.dtype)
-    assert plan.total == sum(p.numel() for p in model.parameters())
+    assert plan.shape.parameters == sum(p.numel() for p in model.parameters())
     adapters.attach(plan.method, model, list(plan.sites), seed=0)
-    assert plan.trainable == sum(p.numel() for p in adapters.trainable(model).values())
-    facts = plan.facts()
+    assert plan.shape.trainable == sum(p.numel() for p in adapters.trainable(model).values())
+    facts = summary.facts(plan)
     assert sum(group.sites for group in plan.groups) == len(facts["sites"])
     assert facts["memory"]["total"] == sum(plan.memory.parts.values())
     assert facts["tokens"] == sum(plan.steps.tokens_of(n)[0] for n in range(plan.steps.total))
-    assert all(label or text for label, text in plan.lines())
+    assert all(label or text for label, text in summary.lines(plan))
 
 
 def test_a_merge_that_cannot_be_is_refused_before_training(folder: Path) -> None:
@@ -87,10 +89,24 @@ def test_packing_goes_where_it_was_not_asked_for_and_is_an_error_where_it_was(
 
 def test_a_run_that_goes_on_keeps_its_automatic_choices(folder: Path) -> None:
     plan = planned(folder)
-    assert not plan.checkpointing
-    begun = RunFolder(folder, True, {}, {"gradient_checkpointing": True})
+    assert plan.setup.recomputed == 0
+    choices = {"recomputed_layers": 1, "micro_batch_limit": 40}
+    begun = RunFolder(folder, True, {}, choices)
     assert as_begun(plan, begun) is plan
     resumed = replace(begun, resume=Checkpoint(folder, State(), {}))
-    assert as_begun(plan, resumed).checkpointing
-    chosen = planned(folder, train={"gradient_checkpointing": False})
-    assert not as_begun(chosen, resumed).checkpointing
+    gone_on = as_begun(plan, resumed)
+    assert (gone_on.setup.recomputed, gone_on.steps.limit) == (1, 40)
+    assert gone_on.setup.tokens == gone_on.steps.micro_batch_tokens < plan.steps.micro_batch_tokens
+    changed = {"recipe.train.gradient_checkpointing": ("auto", False)}
+    assert as_begun(plan, replace(resumed, changed=changed)).setup.recomputed == 0
+
+
+def test_a_model_that_cannot_be_traced_is_planned_all_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = planned(folder)
+    assert "plan.rough-estimate" not in [notice.id for notice in exact.notices]
+    monkeypatch.setattr(plans, "trace", lambda *_, **__: torch.zeros(1, device="meta").item())
+    rough = planned(folder)
+    assert "plan.rough-estimate" in [notice.id for notice in rough.notices]
+    assert rough.memory.total == pytest.approx(exact.memory.total, rel=0.5)

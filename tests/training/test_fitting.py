@@ -1,0 +1,75 @@
+"""What is chosen when memory is short: smaller micro-batches, recomputed layers, in that order."""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lorakit.data.batches import MICRO_BATCH_TOKENS, Steps
+from lorakit.data.tokens import Example
+from lorakit.errors import Place
+from lorakit.training.fitting import ENOUGH_TOKENS, MARGIN, MOST_TOKENS, Checkpointing, settle
+from lorakit.training.memory import Setup, Shape, estimate
+from tests.training.shapes import llama, shape
+
+LAYERS = 6
+
+
+@cache
+def known() -> Shape:
+    return shape(llama(64, 176, LAYERS, 4, 2, 320), torch.bfloat16, rank=4)
+
+
+def steps(**settings: Any) -> Steps:
+    ids = np.zeros(512, np.int32)
+    rows = [Example(ids, ids, Place("rows.jsonl", n)) for n in range(64)]
+    return Steps(rows, batch_size=64, **settings)
+
+
+def chosen(
+    free: float, checkpointing: Checkpointing = "auto", *, gpu: bool = True, **settings: Any
+) -> tuple[int, int]:
+    """Return the tokens and the recomputed layers that are chosen for free bytes."""
+    split, setup = settle(known(), Setup(0, gpu=gpu), steps(**settings), int(free), checkpointing)
+    assert split.micro_batch_tokens == setup.tokens
+    return setup.tokens, setup.recomputed
+
+
+def needed(tokens: int, recomputed: int) -> float:
+    """Return the free bytes at which this much just fits."""
+    return 1 + estimate(known(), Setup(tokens, recomputed=recomputed, gpu=True)).total / MARGIN
+
+
+def test_what_fits_is_left_alone() -> None:
+    assert chosen(1e12) == (MOST_TOKENS, 0)
+    assert chosen(1e12, gpu=False) == (MICRO_BATCH_TOKENS, 0)
+    assert chosen(1e12, micro_batch_size=3) == (3 * 512, 0)
+
+
+def test_first_come_smaller_micro_batches() -> None:
+    assert chosen(needed(MOST_TOKENS, 0) - 100) == (MOST_TOKENS // 2, 0)
+    assert chosen(needed(ENOUGH_TOKENS, 0)) == (ENOUGH_TOKENS, 0)
+
+
+@pytest.mark.parametrize("layers", range(1, LAYERS + 1))
+def test_then_as_few_recomputed_layers_as_memory_asks_for(layers: int) -> None:
+    for size in ("auto", ENOUGH_TOKENS // 512):
+        found = chosen(needed(ENOUGH_TOKENS, layers), micro_batch_size=size)
+        assert found == (ENOUGH_TOKENS, layers)
+        if layers < LAYERS:
+            found = chosen(needed(ENOUGH_TOKENS, layers) - 100, micro_batch_size=size)
+            assert found == (ENOUGH_TOKENS, layers + 1)
+
+
+def test_then_still_smaller_micro_batches_and_in_the_end_the_smallest() -> None:
+    assert chosen(needed(1024, LAYERS)) == (1024, LAYERS)
+    assert chosen(1) == (512, LAYERS)
+
+
+def test_what_the_recipe_says_stays() -> None:
+    assert chosen(1e12, True) == (MOST_TOKENS, LAYERS)
+    assert chosen(needed(1024, 0), False) == (1024, 0)
+    assert chosen(1, False) == (512, 0)
+    assert chosen(1, "auto", micro_batch_size=2) == (1024, LAYERS)
