@@ -173,8 +173,11 @@ class OnDevice:
 def kernel_for(
     query: Tensor, documents: Documents, scale: float, window: int | None
 ) -> OnHost | OnDevice | None:
-    """Return the kernel that serves these documents, None where there is none."""
-    if query.device.type == "cpu":
+    """Return the kernel that serves these documents, None where there is none.
+
+    On meta, where only shapes count, that of the device that `documents` was made for.
+    """
+    if query.device.type == "cpu" or (query.is_meta and documents.bounds is None):
         return None if window else OnHost(documents, scale)
     dim = query.shape[-1]
     serves = query.dtype in HALVES and dim <= HEAD_DIM and dim % HEAD_STEP == 0

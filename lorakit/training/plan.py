@@ -18,7 +18,7 @@ from lorakit.environment import cache_folder
 from lorakit.errors import BadInput, Notice
 from lorakit.model import base as base_models
 from lorakit.model.attention import NAME, can_pack
-from lorakit.model.base import Attention, Base
+from lorakit.model.base import Base
 from lorakit.model.quantized import Quantization
 from lorakit.model.quantizer import notices_of
 from lorakit.model.sites import Site, find_sites, uneven
@@ -142,7 +142,7 @@ def make(
     adapters.attach(method, skeleton, sites, seed=recipe.seed)
     adapters.set_training(skeleton, True)
     longest = max(len(example.ids) for example in dataset.train)
-    traced = _traced(skeleton, recipe.model.attention, longest, packing, notices)
+    traced = _traced(skeleton, recipe, longest, packing, runtime, notices)
     shape = Shape.of(skeleton, traced, dtype)
     free = runtime.least_free_bytes()
     setup = Setup(
@@ -211,17 +211,19 @@ def prepare_data(
 
 def _traced(
     skeleton: PreTrainedModel,
-    attention: Attention,
+    recipe: Recipe,
     longest: int,
     packing: Packing,
+    runtime: Runtime,
     notices: list[Notice],
 ) -> Trace:
     """Count what the layers keep; roughly, with a notice, where a model cannot be run on meta."""
+    attention = recipe.model.attention
     fused = attention in ("auto", "flash")
     try:
         if not fused or can_pack(skeleton) is None:
             skeleton.set_attn_implementation(NAME if fused else attention)
-        return trace(skeleton, longest, packed=bool(packing))
+        return trace(skeleton, longest, packed=bool(packing), gpu=runtime.lags)
     except Exception as error:  # anything that a family's own code may raise
         kind = skeleton.config.model_type
         message = f"{kind} cannot be run without its weights, so its activations are a rough guess"

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lorakit.model.attention import NAME
+from lorakit.model.attention_kernels import Documents
 from lorakit.model.families import decoder_layers
 
 
@@ -31,9 +32,9 @@ def _grouped(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
 
 
 _ATEN = torch.ops.aten
-# How many FLOPs an operation takes: torch's own table, and what it leaves out.
+# How many FLOPs a product takes: by torch's own table, and what that leaves out.
 PRODUCTS: dict[Any, Callable[..., int]] = {
-    **flop_registry,
+    **{name: flop_registry[name] for name in (_ATEN.mm, _ATEN.addmm, _ATEN.bmm, _ATEN.baddbmm)},
     _ATEN.addmm_: flop_registry[_ATEN.addmm],
     _ATEN.baddbmm_: flop_registry[_ATEN.baddbmm],
     _ATEN._grouped_mm: _grouped,
@@ -81,9 +82,12 @@ class Trace:
     before: Line
 
 
-def trace(model: PreTrainedModel, length: int, *, packed: bool) -> Trace:
-    """Count what an adapted model on the meta device does with rows of `length` tokens."""
-    one, two = (_Run(model, rows, length, packed=packed) for rows in (1, 2))
+def trace(model: PreTrainedModel, length: int, *, packed: bool, gpu: bool = False) -> Trace:
+    """Count what an adapted model on the meta device does with rows of `length` tokens.
+
+    `gpu` says whether it would run on one, which has kernels of its own.
+    """
+    one, two = (_Run(model, rows, length, packed=packed, gpu=gpu) for rows in (1, 2))
 
     def line(once: float, twice: float) -> Line:
         return Line(2 * once - twice, (twice - once) / length)
@@ -191,14 +195,16 @@ class _Run:
 
     _entry: Any = None  # where the first layer's input came from, and its gradient
 
-    def __init__(self, model: PreTrainedModel, rows: int, length: int, *, packed: bool) -> None:
+    def __init__(
+        self, model: PreTrainedModel, rows: int, length: int, *, packed: bool, gpu: bool
+    ) -> None:
         self.account = Account(model)
         self.layers: list[_Seen] = []
         self._kinds: dict[str, tuple[_Seen, Any]] = {}
         self._common: dict[int, int] = {}
         with _gradients(model) as gradients, self.account, _Fused(), self._watched(model):
             self.account.know(*gradients)
-            inputs = _inputs(model, rows, length, packed=packed)
+            inputs = _inputs(model, rows, length, packed=packed, gpu=gpu)
             self.after, _ = self._block(lambda: model.base_model(**inputs)[0])
             self.shared = sum(self._common.values())
             self.before = 0
@@ -263,12 +269,15 @@ class _Run:
         return _Seen(of_input, sum(kept.values()), peak, forward, backward), like
 
 
-def _inputs(model: PreTrainedModel, rows: int, length: int, *, packed: bool) -> dict[str, Any]:
+def _inputs(
+    model: PreTrainedModel, rows: int, length: int, *, packed: bool, gpu: bool
+) -> dict[str, Any]:
     shape = (1, rows * length) if packed else (rows, length)
     ids = torch.empty(shape, dtype=torch.long, device="meta")
     inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     if model.config._attn_implementation == NAME:
-        inputs["documents"] = ((rows, length),) if packed else ((1, length),)
+        bounds = torch.empty(rows + 1, dtype=torch.int32, device="meta") if gpu else None
+        inputs["documents"] = Documents(((rows if packed else 1, length),), bounds)
     return inputs
 
 
