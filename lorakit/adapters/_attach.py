@@ -37,9 +37,9 @@ def attach(method: Method, model: PreTrainedModel, sites: Sequence[Site], seed: 
         for name, layer in copies.items():
             wrap(model, name, layer)
     set_training(model, model.training)
+    fuse(model)
     if model.device == META:
         return
-    fuse(model)
     generator = torch.Generator().manual_seed(seed)
     for layer in layers_of(model):
         layer.reset(generator)

@@ -136,8 +136,10 @@ class Account(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.know(*model.parameters(), *model.buffers())
 
     def know(self, *tensors: Tensor) -> None:
-        """Take in tensors that were there before and cost nothing."""
-        self.alive.update((_key(tensor), 0) for tensor in tensors)
+        """Let tensors cost nothing: they were there before, or would not be there in a run."""
+        for tensor in tensors:
+            self.now -= self.alive.get(_key(tensor), 0)
+            self.alive[_key(tensor)] = 0
 
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -216,14 +218,16 @@ class _Run:
 
     @contextmanager
     def _watched(self, model: PreTrainedModel) -> Iterator[None]:
-        layers = decoder_layers(model)
-        for layer in layers:
+        before = {layer: vars(layer).get("forward") for layer in decoder_layers(model)}
+        for layer in before:
             layer.forward = partial(self._layer, layer, layer.forward)
         try:
             yield
         finally:
-            for layer in layers:
-                vars(layer).pop("forward")
+            for layer, twin in before.items():
+                del layer.forward
+                if twin:
+                    layer.forward = twin
 
     def _layer(
         self, layer: nn.Module, run: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any
@@ -251,14 +255,18 @@ class _Run:
         kept: dict[int, int] = {}
 
         def keep(tensor: Tensor) -> Tensor:
-            key = _key(tensor)
-            (self._common if key in there else kept)[key] = account.alive[key]
+            key, storage = _key(tensor), tensor.untyped_storage()
+            if key in there:
+                self._common[key] = account.alive[key]
+            else:
+                kept[key] = storage.nbytes()
             return tensor
 
         with torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
             out = run(*inputs, *args, **kwargs)
         forward = account.flops - flops
         like = tree_map_only(Tensor, _like, out)
+        account.know(*_tensors(like))
         first = _tensors(out)[0]
         edge, grad = get_gradient_edge(first) if first.requires_grad else None, _like(first)
         del out, first  # as in a run, where the next layer's output takes the name

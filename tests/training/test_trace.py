@@ -9,6 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
 from lorakit.model.attention_kernels import Documents
+from lorakit.model.families import decoder_layers
 from lorakit.training.trace import Line, Trace, plain_trace, trace
 from tests.tiny import tiny_config
 from tests.training.shapes import adapted, llama
@@ -71,20 +72,28 @@ def test_the_trace_is_what_a_real_pass_keeps(
         assert predicted(traced, rows * LENGTH) == kept(real, rows, packed=packed)
 
 
-@pytest.mark.parametrize("targets", ["all-linear", QV], ids=str)
-def test_a_layer_keeps_what_was_published(targets: Any) -> None:
-    """bf16, in bytes a token: two norms in fp32, what attention and the MLP keep, and x Aᵀ.
-
-    All linears: 16 d + 8 f + 4 kv + 4 heads + 14 r + 8; q and v alone: 14 d + 6 f + 4 kv +
-    4 heads + 4 r + 8.
-    """
-    d, f, kv, heads, r = 512, 1792, 128, 8, 16
+@pytest.mark.parametrize(
+    ("lean", "targets", "per_token"),
+    [
+        # Two norms in fp32, what attention and the MLP keep, and x Aᵀ of each site.
+        (False, "all-linear", "16 d + 8 f + 4 kv + 4 heads + 14 r + 8"),
+        (False, QV, "14 d + 6 f + 4 kv + 4 heads + 4 r + 8"),
+        # Norms and gates are made again.
+        (True, "all-linear", "8 d + 4 f + 4 kv + 4 heads + 14 r + 8"),
+    ],
+)
+def test_a_layer_keeps_what_the_formulas_say(lean: bool, targets: Any, per_token: str) -> None:
+    widths = {"d": 512, "f": 1792, "kv": 128, "heads": 8, "r": 16}
+    d, f, kv, heads, r = widths.values()
     config = llama(d, f, 3, heads, kv * heads // d, 320)
     model = adapted(config, "meta", torch.bfloat16, rank=r, target_modules=targets)
+    if not lean:
+        for each in decoder_layers(model):
+            del each.forward
     layer = trace(model, 64, packed=True, gpu=True).layers[1]
-    common = 4 * kv + 4 * heads + 8
-    both = 16 * d + 8 * f + 14 * r if targets != QV else 14 * d + 6 * f + 4 * r
-    assert layer.saved.slope == common + both
+    terms = (term.split() for term in per_token.split(" + "))
+    formula = sum(int(n) * (widths[width[0]] if width else 1) for n, *width in terms)
+    assert layer.saved.slope == formula
     assert layer.saved.fixed < 100  # the kernel's random state
     assert layer.input == Line(0, 2 * d)
     products = 2 * (2 * d * d + 2 * d * kv + 3 * d * f)
@@ -97,7 +106,9 @@ def test_a_layer_keeps_what_was_published(targets: Any) -> None:
 def test_what_cannot_be_traced_is_guessed_from_its_widths() -> None:
     config = llama(512, 1792, 3, 8, 8, 320)
     model = adapted(config, "meta", torch.bfloat16, rank=4)
-    traced, guess = trace(model, 64, packed=False), plain_trace(config, torch.bfloat16)
+    for each in decoder_layers(model):
+        del each.forward  # such a family has no twins
+    traced, guess = trace(model, 64, packed=False, gpu=True), plain_trace(config, torch.bfloat16)
     assert len(guess.layers) == len(traced.layers)
     for name in ("input", "saved", "peak", "forward", "backward"):
         seen = getattr(traced.layers[1], name).slope
