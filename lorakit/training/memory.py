@@ -3,19 +3,19 @@
 Pure functions: what the layers keep comes from a trace, everything else is counted here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil, prod
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from lorakit import adapters
 from lorakit.errors import RunFailed
 from lorakit.model.families import plain_head
 from lorakit.model.loss import CHUNK_BYTES, CHUNK_BYTES_GPU, CHUNK_ROWS
+from lorakit.model.quantized import Quantization
 from lorakit.training.trace import Trace
 
 GIB = 2**30
@@ -36,7 +36,7 @@ class Shape:
     Args:
         trace: what its layers keep.
         parameters: numbers in the base, tied ones once.
-        linears: (outputs, inputs) of the weights that can be quantised: all linears but the head.
+        linears: (outputs, inputs) of the weights that can be quantised.
         trained: the shape of each trained tensor.
         hidden: width of the states that the head takes.
         vocabulary: rows of the head.
@@ -54,27 +54,24 @@ class Shape:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, model: PreTrainedModel, trace: Trace, dtype: torch.dtype) -> "Shape":
+    def of(
+        cls, model: PreTrainedModel, trace: Trace, linears: Iterable[tuple[int, int]]
+    ) -> "Shape":
         """Read the shape of an adapted model, which may be on the meta device."""
         trained = adapters.trainable(model).values()
         own = {
             id(parameter) for layer in adapters.layers_of(model) for parameter in layer.parameters()
         }
         text = model.config.get_text_config()
-        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         return cls(
             trace,
             sum(p.numel() for p in model.parameters() if id(p) not in own),
-            tuple(
-                (module.out_features, module.in_features)
-                for module in model.modules()
-                if type(module) is nn.Linear and module is not head
-            ),
+            tuple(linears),
             tuple(tuple(parameter.shape) for parameter in trained),
             text.hidden_size,
             text.vocab_size,
             plain_head(model) is None,
-            dtype,
+            model.dtype,
         )
 
     @property
@@ -96,8 +93,7 @@ class Setup:
         share: of them that are trained.
         recomputed: layers, from the first, whose activations are computed again.
         offload: whether the inputs of those wait in host memory.
-        quantization: of the base: none, nf4, fp4 or int8.
-        double_quant: whether the scales of a 4-bit base are quantised too.
+        quantization: of the base, None where it is dense.
         optimizer: as the recipe names it.
         gpu: whether a GPU computes.
     """
@@ -106,8 +102,7 @@ class Setup:
     share: float = 1.0
     recomputed: int = 0
     offload: bool = False
-    quantization: str = "none"
-    double_quant: bool = True
+    quantization: Quantization | None = None
     optimizer: str = "adamw"
     gpu: bool = False
 
@@ -129,33 +124,31 @@ def estimate(shape: Shape, setup: Setup) -> Memory:
     states = optimizer_bytes(shape, setup.optimizer)
     paged = setup.optimizer.startswith("paged")
     activations, logits = _activations(shape, setup)
-    quantised = setup.quantization != "none"
     buffer = max(map(prod, shape.linears), default=0) * shape.dtype.itemsize
     inputs = sum(layer.input(setup.tokens) for layer in shape.trace.layers[: setup.recomputed])
     parts = {
-        "weights": weight_bytes(shape, setup.quantization, double_quant=setup.double_quant),
+        "weights": weight_bytes(shape, setup.quantization),
         "adapters": 4 * shape.trainable,
         "grads": 4 * shape.trainable,
         "optimizer": 0 if paged else states,
         "activations": activations,
         "logits": logits,
-        "dequantization": buffer if quantised else 0,
+        "dequantization": buffer if setup.quantization else 0,
         "overhead": CONTEXT if setup.gpu else OVERHEAD,
     }
     return Memory(parts, round(inputs) * setup.offload + states * paged)
 
 
-def weight_bytes(shape: Shape, quantization: str, *, double_quant: bool = True) -> int:
+def weight_bytes(shape: Shape, how: Quantization | None) -> int:
     """Return the bytes that the base takes."""
+    size = shape.dtype.itemsize
+    if how is None:
+        return size * shape.parameters
     quantised = sum(map(prod, shape.linears))
-    dense = shape.dtype.itemsize * shape.parameters
-    if quantization == "none":
-        return dense
-    rest = dense - shape.dtype.itemsize * quantised
-    if quantization == "int8":
+    rest = size * (shape.parameters - quantised)
+    if how.form == "int8":
         return rest + quantised + 4 * sum(outputs for outputs, _ in shape.linears)
-    bits = BITS_4_DOUBLE if double_quant else BITS_4
-    return rest + ceil(quantised * bits / 8)
+    return rest + ceil(quantised * (BITS_4_DOUBLE if how.double else BITS_4) / 8)
 
 
 def optimizer_bytes(shape: Shape, optimizer: str) -> int:

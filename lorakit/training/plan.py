@@ -20,7 +20,7 @@ from lorakit.model import base as base_models
 from lorakit.model.attention import NAME, can_pack
 from lorakit.model.base import Base
 from lorakit.model.quantized import Quantization
-from lorakit.model.quantizer import notices_of
+from lorakit.model.quantizer import notices_of, quantizable
 from lorakit.model.sites import Site, find_sites, uneven
 from lorakit.recipe.rules import unusual
 from lorakit.recipe.sections import Recipe
@@ -126,6 +126,7 @@ def make(
     notices = [*base.notices, *unusual(recipe), *coverage, *dataset.notices]
     if how := base.stored or Quantization.of(recipe.model):
         notices += notices_of(skeleton, how, runtime.device)
+    linears = [(site.outputs, site.inputs) for site in quantizable(skeleton)]
     packing: Packing = recipe.data.packing
     if packing and (reason := _cannot_pack(method, skeleton)):
         if "packing" in recipe.data.model_fields_set:
@@ -143,12 +144,12 @@ def make(
     adapters.set_training(skeleton, True)
     longest = max(len(example.ids) for example in dataset.train)
     traced = _traced(skeleton, recipe, longest, packing, runtime, notices)
-    shape = Shape.of(skeleton, traced, dtype)
+    shape = Shape.of(skeleton, traced, linears)
     free = runtime.least_free_bytes()
     setup = Setup(
         steps.micro_batch_tokens,
         share=steps.trained_share,
-        quantization=recipe.model.quantization,
+        quantization=how,
         optimizer=recipe.train.optimizer,
         gpu=runtime.lags,
     )

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Pr
 
 from lorakit import adapters
 from lorakit.model.attention import NAME
+from lorakit.model.quantizer import quantizable
 from lorakit.model.sites import find_sites
 from lorakit.training.memory import Shape
 from lorakit.training.trace import trace
@@ -50,5 +51,8 @@ def shape(
     **adapter: Any,
 ) -> Shape:
     """Return what an estimate knows of a model of a configuration."""
+    with torch.device("meta"):
+        sites = quantizable(AutoModelForCausalLM.from_config(config, dtype=dtype))
     model = adapted(config, "meta", dtype, **adapter)
-    return Shape.of(model, trace(model, length, packed=packed), dtype)
+    traced = trace(model, length, packed=packed)
+    return Shape.of(model, traced, [(site.outputs, site.inputs) for site in sites])

@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lorakit import adapters
 from lorakit.data.batches import Batch
 from lorakit.data.tokens import MASKED
 from lorakit.model.checkpointing import checkpoint_layers
 from lorakit.model.loss import token_loss
+from lorakit.model.quantized import Quantization, QuantizedLinear
+from lorakit.model.quantizer import quantize
 from lorakit.training.memory import GIB, Setup, estimate, optimizer_bytes, weight_bytes
 from lorakit.training.trace import Account
 from tests.training.shapes import adapted, llama, shape
@@ -20,6 +22,7 @@ from tests.training.shapes import adapted, llama, shape
 ROWS, LENGTH = 6, 64
 QV = ["q_proj", "v_proj"]
 GB = 10**9
+NF4 = Quantization("nf4")
 
 LLAMA_7B = llama(4096, 11008, 32, 32, 32, 32000)
 LLAMA_65B = llama(8192, 22016, 80, 64, 64, 32000)
@@ -100,7 +103,23 @@ def test_the_weights_are_those_of_the_model() -> None:
         model = adapted(config, "cpu", torch.bfloat16, rank=4)
         own = {id(p) for p in adapters.trainable(model).values()}
         base = sum(p.nbytes for p in model.parameters() if id(p) not in own)
-        assert weight_bytes(shape(config, rank=4), "none") == base
+        assert weight_bytes(shape(config, rank=4), None) == base
+
+
+@pytest.mark.parametrize("how", [NF4, Quantization("nf4", False), Quantization("int8")], ids=str)
+def test_quantised_weights_take_what_bitsandbytes_makes_of_them(how: Quantization) -> None:
+    """But for its tables of 16 and 256 levels and an offset a weight."""
+    config = llama(256, 704, 2, 4, 2, 320)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    quantize(model, how, torch.device("cpu"))
+    held = [parameter.nbytes for parameter in model.parameters()]
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            blocks = module.scales
+            second = None if how.form == "int8" else blocks.state2
+            held += [(blocks if how.form == "int8" else blocks.absmax).nbytes]
+            held += [second.absmax.nbytes] if second else []
+    assert weight_bytes(shape(config, rank=4), how) == pytest.approx(sum(held), rel=2e-3)
 
 
 def test_llama_7b_with_lora_takes_about_16_gb() -> None:
@@ -114,16 +133,16 @@ def test_llama_7b_with_lora_takes_about_16_gb() -> None:
 def test_65b_in_nf4_trains_on_48_gb() -> None:
     """Dettmers et al. 2023, 2305.14314: rank 64 on all linears, paged states, one 48 GB card."""
     known = shape(LLAMA_65B, rank=64)
-    paged = Setup(512, recomputed=80, quantization="nf4", optimizer="paged_adamw_32bit", gpu=True)
+    paged = Setup(512, recomputed=80, quantization=NF4, optimizer="paged_adamw_32bit", gpu=True)
     assert (
         estimate(known, paged).total
         < 48 * GB
-        < estimate(known, replace(paged, quantization="none")).total
+        < estimate(known, replace(paged, quantization=None)).total
     )
     assert estimate(known, paged).host == 8 * known.trainable
     # "Double quantization saves 0.37 bits a parameter, 3 GB for a 65B model."
-    single = weight_bytes(known, "nf4", double_quant=False)
-    assert single - weight_bytes(known, "nf4") == pytest.approx(3 * GB, rel=0.02)
+    single = weight_bytes(known, Quantization("nf4", False))
+    assert single - weight_bytes(known, NF4) == pytest.approx(3 * GB, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +154,7 @@ def test_65b_in_nf4_trains_on_48_gb() -> None:
 )
 def test_nf4_saves_what_was_published(config: Any, published: float) -> None:
     known = shape(config, rank=8)
-    saved = weight_bytes(known, "none") - weight_bytes(known, "nf4")
+    saved = weight_bytes(known, None) - weight_bytes(known, NF4)
     assert saved == pytest.approx(published, rel=0.01)
 
 
