@@ -24,7 +24,7 @@ from lorakit.model.frozen import dense_weight, is_frozen_linear
 
 ITSELF = Itself()
 # Devices on which a dropout mask is kept for the backward pass instead of being drawn again.
-MASKS_KEPT = {"cpu"}
+MASKS_KEPT = {"cpu", "meta"}
 
 
 class LowRank(NamedTuple):

@@ -201,6 +201,7 @@ class _Run:
         self, model: PreTrainedModel, rows: int, length: int, *, packed: bool, gpu: bool
     ) -> None:
         self.account = Account(model)
+        self.gpu = gpu
         self.layers: list[_Seen] = []
         self._kinds: dict[str, tuple[_Seen, Any]] = {}
         self._common: dict[int, int] = {}
@@ -258,6 +259,8 @@ class _Run:
             key, storage = _key(tensor), tensor.untyped_storage()
             if key in there:
                 self._common[key] = account.alive[key]
+            elif self.gpu and tensor.dtype is torch.bool:
+                account.know(tensor)  # a mask of dropout, which is drawn again there
             else:
                 kept[key] = storage.nbytes()
             return tensor
