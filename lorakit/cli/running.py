@@ -58,7 +58,7 @@ def run(
             plan = planned_run(screen, recipe, permissions, mode, runtime)
         pinned = passports.pinned(plan, runtime)
         with folders.opened(path, mode, runtime, pinned, allow_inexact=allow_inexact) as folder:
-            return carried_out(screen, plan, runtime, folder, Stop(grace))
+            return carried_out(screen, plan, runtime, folder, Stop(grace), goes_on=goes_on)
     except Interrupted as error:
         error.help = f"go on with: {_command_to_resume(runtime)}"
         raise
@@ -92,7 +92,7 @@ def planned_run(
 
 
 def carried_out(
-    screen: Screen, plan: Plan, runtime: Runtime, folder: RunFolder, stop: Stop
+    screen: Screen, plan: Plan, runtime: Runtime, folder: RunFolder, stop: Stop, *, goes_on: bool
 ) -> Finished | None:
     """Train and merge in a folder that is open."""
     recipe, plan = plan.recipe, as_begun(plan, folder)
@@ -100,6 +100,10 @@ def carried_out(
     if runtime.is_main:
         screen.notice(*folder.notices)
         screen.log_to(folder.path / "log.txt")
+    if goes_on:
+        step = folder.resume.state.step if folder.resume else 0
+        begun = f"resuming from step {step}" if step else "starts: there is no checkpoint"
+        screen.say(f"Run       {begun}")
     reporter = Reporter(
         plan.steps.total,
         recipe.train.log_every,

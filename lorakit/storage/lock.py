@@ -3,9 +3,10 @@
 import fcntl
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from lorakit.errors import RunFailed
@@ -16,10 +17,12 @@ NAME = ".lock"
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[Callable[[], None]]:
     """Hold the lock of a run's folder; the kernel frees it however the process ends.
 
-    The file stays: removing it would let two processes lock two files of the same name.
+    Yields what writes the holder's name into the lock: a run that finds that it may not go on
+    leaves even that as it was. The file stays: removing it would let two processes lock two files
+    of the same name.
 
     Raises:
         RunFailed: `run.locked` at once, naming the holder, when another process has it.
@@ -31,7 +34,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         with storage_errors(path):
             _take(descriptor, path)
-        yield
+        yield partial(_sign, descriptor, path)
     finally:
         os.close(descriptor)
 
@@ -61,10 +64,17 @@ def _take(descriptor: int, path: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise _held(descriptor, path) from None
+    # A run that comes to nothing removes its folder, perhaps since the lock was opened here.
+    if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
+        raise _held(descriptor, path)
+
+
+def _sign(descriptor: int, path: Path) -> None:
     started = datetime.now(UTC).isoformat(timespec="seconds")
     holder = f"pid {os.getpid()} on {socket.gethostname()}, started {started}"
-    os.ftruncate(descriptor, 0)
-    write_all(descriptor, f"{holder}\n".encode())
+    with storage_errors(path):
+        os.ftruncate(descriptor, 0)
+        write_all(descriptor, f"{holder}\n".encode())
 
 
 def _held(descriptor: int, path: Path) -> RunFailed:

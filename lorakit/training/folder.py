@@ -1,6 +1,6 @@
 """A run's folder: who may write to it, what it tells of the run, and what a resume starts from."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorakit.environment import all_variables
-from lorakit.errors import BadInput, LorakitError, Notice, Place
+from lorakit.errors import BadInput, LorakitError, Notice, Place, RunFailed
 from lorakit.processes import Signalled
 from lorakit.runtime import Runtime
 from lorakit.storage import strict_json
@@ -37,6 +37,7 @@ class RunFolder:
     pinned: Mapping[str, Any]
     facts: dict[str, Any] = field(default_factory=dict)
     resume: Checkpoint | None = None
+    at_work: bool = False  # from the first step on, when there is something to come back to
     changed: Mapping[str, Any] = field(default_factory=dict)
     notices: tuple[Notice, ...] = ()
 
@@ -83,6 +84,11 @@ class RunFolder:
                 sync(self.metrics)
                 sync(self.path)
 
+    def end(self, status: str, error: BaseException) -> None:
+        """Note what the run was ended by; the disk may be just that."""
+        with suppress(LorakitError):
+            self.note(status=status, ended_by=redact(str(error), all_variables()))
+
     def write(self, name: str, content: str | bytes) -> None:
         """Write one file of the folder, beside its place and renamed."""
         if self.is_main:
@@ -121,12 +127,14 @@ def opened(
             yield folder
         return
     check_free(path, mode)
-    with locked(path):
+    made = [one for one in (path, *path.parents) if not one.exists()]
+    with locked(path) as sign:
         for place in (path, path / "checkpoints"):
             if place.is_dir():
                 sweep(place)
         _check_contents(path, mode)  # again: another run may have come and gone before the lock
         folder = _found(path, mode, runtime, pinned, allow_inexact=allow_inexact)
+        sign()
         if mode in ("start", "overwrite"):
             # What makes it a run goes last: after a kill the rest can still be overwritten.
             for entry in sorted(path.iterdir(), key=lambda entry: entry.name == RUN):
@@ -137,13 +145,25 @@ def opened(
         try:
             with interruptible(path):
                 yield folder
+        except (BadInput, RunFailed) as error:
+            if made and not folder.at_work:
+                _remove(made)
+            else:
+                folder.end("failed", error)
+            raise
         except BaseException as error:
             stopped = isinstance(error, LorakitError) and error.exit_code == 75
-            reason = redact(str(error), all_variables())
-            with suppress(LorakitError):  # the disk may be what failed
-                folder.note(status="interrupted" if stopped else "failed", ended_by=reason)
+            folder.end("interrupted" if stopped else "failed", error)
             raise
         folder.note(status="finished")
+
+
+def _remove(made: Sequence[Path]) -> None:
+    """Remove the folder of a run that came to nothing, and those above it that were made for it."""
+    with suppress(OSError, LorakitError):
+        remove_folder(made[0])
+        for parent in made[1:]:
+            parent.rmdir()  # unless another run has come into it
 
 
 @contextmanager
@@ -238,6 +258,8 @@ def check_free(path: Path, mode: Mode) -> None:
 def _check_contents(path: Path, mode: Mode) -> None:
     present = {entry.name for entry in path.iterdir() if not is_aside(entry.name)} - OURS
     if not present:
+        if mode == "resume":
+            raise _nothing_to_resume(path)
         return
     if RUN not in present:
         raise BadInput(

@@ -42,6 +42,7 @@ def train(
     """
     with memory_errors(plan.memory, plan.steps.micro_batch_tokens):
         run = prepare(plan, runtime, folder, reporter, stop)
+        folder.at_work = True
         with stop:
             carry_out(run)
     if runtime.is_main:

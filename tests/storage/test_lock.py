@@ -1,4 +1,6 @@
+import fcntl
 import os
+import shutil
 import signal
 import socket
 import time
@@ -27,7 +29,8 @@ def in_child(action: Callable[[], None]) -> int:
 
 def test_a_second_run_is_refused_at_once_and_changes_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "a"
-    with locked(folder):
+    with locked(folder) as sign:
+        sign()
         before = (folder / ".lock").read_bytes()
         begun = time.monotonic()
         with pytest.raises(RunFailed) as caught, locked(folder):
@@ -42,11 +45,25 @@ def test_a_second_run_is_refused_at_once_and_changes_nothing(tmp_path: Path) -> 
         pass
 
 
+def test_a_folder_that_is_removed_while_its_lock_is_opened_is_not_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+
+    def removed(descriptor: int, how: int) -> None:
+        shutil.rmtree(folder)
+
+    monkeypatch.setattr(fcntl, "flock", removed)
+    with pytest.raises(RunFailed, match="another run"), locked(folder):
+        pytest.fail("held a lock that is not there")
+
+
 def test_the_lock_of_a_killed_holder_is_free(tmp_path: Path) -> None:
     ready, told = os.pipe()
 
     def hold() -> None:
-        with locked(tmp_path):
+        with locked(tmp_path) as sign:
+            sign()
             os.write(told, b"x")
             time.sleep(60)
 
@@ -56,7 +73,8 @@ def test_the_lock_of_a_killed_holder_is_free(tmp_path: Path) -> None:
         pytest.fail("held twice")
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    with locked(tmp_path):
+    with locked(tmp_path) as sign:
+        sign()
         assert f"pid {os.getpid()} " in (tmp_path / ".lock").read_text()
     os.close(ready)
     os.close(told)

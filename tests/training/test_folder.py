@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorakit.errors import BadInput, Interrupted, LorakitError
+from lorakit.errors import BadInput, Interrupted, LorakitError, RunFailed
 from lorakit.runtime import Runtime
 from lorakit.training import checkpoint
 from lorakit.training import folder as folder_module
@@ -20,6 +20,14 @@ PINNED = {"seed": 1}
 
 def status(path: Path) -> str:
     return str(json.loads((path / "run.json").read_text())["status"])
+
+
+def fail(path: Path, error: LorakitError, *, at_work: bool) -> None:
+    """Let a run fail in its folder, before its first step or after it."""
+    with opened(path, "start", ALONE, PINNED) as folder:
+        assert status(folder.path) == "running"
+        folder.at_work = at_work
+        raise error
 
 
 def test_a_new_folder_is_made_and_ends_finished(tmp_path: Path) -> None:
@@ -93,6 +101,27 @@ def test_a_start_into_a_live_runs_folder_says_who_holds_it(tmp_path: Path) -> No
     ):
         check_free(tmp_path / "run", "start")
     assert caught.value.id == "run.locked"
+
+
+@pytest.mark.parametrize("error", [BadInput("usage", "no"), RunFailed("model.not-finite", "no")])
+def test_a_run_that_is_refused_before_its_first_step_leaves_nothing(
+    tmp_path: Path, error: LorakitError
+) -> None:
+    (tmp_path / "runs").mkdir()
+    for path in (tmp_path / "runs/a", tmp_path / "other/b"):
+        with pytest.raises(type(error)):
+            fail(path, error, at_work=False)
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["runs"]
+
+
+def test_a_run_that_fails_at_work_or_in_a_folder_that_was_there_says_so(tmp_path: Path) -> None:
+    error = RunFailed("run.not-finite", "NaN in step 1")
+    with pytest.raises(RunFailed):
+        fail(tmp_path / "run", error, at_work=True)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunFailed):
+        fail(tmp_path / "empty", error, at_work=False)
+    assert status(tmp_path / "run") == status(tmp_path / "empty") == "failed"
 
 
 def test_a_run_that_came_to_no_step_gives_its_place_to_the_next(tmp_path: Path) -> None:
