@@ -70,7 +70,7 @@ class Names:
             missing += self._unmatched(config)
             extra += self._not_meant(config)
         if missing:
-            raise missing_tensors(missing, where)
+            raise missing_tensors(missing, where, extra)
         if extra:
             raise unexpected_tensors(extra, where)
 

@@ -8,6 +8,8 @@ from typer.exceptions import TyperException
 from lorakit import __version__
 from lorakit.cli import data, doctor, eval, generate, merge, methods, plan, recipes, train
 from lorakit.cli.screen import Screen, usage
+from lorakit.errors import BadInput
+from lorakit.storage.redact import printable
 
 app = typer.Typer(
     help="LoRA fine-tuning from a YAML recipe, from plan to verified merge.",
@@ -41,10 +43,21 @@ def options(
 
 
 def main() -> None:
-    """Run the command line and leave with its exit code; with `--json` tell wrong usage in it."""
+    """Run the command line and leave with its exit code; wrong usage is told as any other error."""
     try:
-        code = app(prog_name="lorakit", standalone_mode="--json" not in sys.argv)
+        code = app(prog_name="lorakit", standalone_mode=False)
     except TyperException as error:
-        Screen("usage", json=True).fail(usage(error.format_message(), "lorakit --help"))
+        Screen("usage", json="--json" in sys.argv).fail(_usage(error))
         code = error.exit_code
     sys.exit(code)
+
+
+def _usage(error: TyperException) -> BadInput:
+    """Say what is wrong with a command line, and with which word of it."""
+    message = error.format_message().removesuffix(".")
+    if details := getattr(error.__cause__, "errors", None):  # pydantic's, of a value's type
+        message += f", got '{printable(str(details()[0]['input']))}'"
+    if "extra argument" in message and "=" in message:
+        return usage(message, "a key of the recipe is changed by --set KEY=VALUE")
+    context = getattr(error, "ctx", None)
+    return usage(message, f"{context.command_path if context else 'lorakit'} --help")

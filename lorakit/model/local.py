@@ -34,7 +34,8 @@ def check_id(path: str, recipe_folder: Path, cache: Path) -> None:
     Raises:
         BadInput: `model.not-found`.
     """
-    if not hub.is_id(path):
+    first, below, _ = path.partition("/")
+    if not hub.is_id(path) or (below and (recipe_folder / first).is_dir()):
         kind = "file" if path.endswith(".gguf") else "folder"
         raise BadInput(
             "model.not-found",
