@@ -1,5 +1,6 @@
 """Everything that happens to data before the first batch: kept, dropped, cut, split, counted."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,25 @@ def test_clean_data_says_nothing(tmp_path: Path) -> None:
     assert counts.tokens == sum(len(example.ids) for example in found.train)
     assert counts.trained == sum((example.labels != MASKED).sum() for example in found.train)
     assert counts.longest == max(len(example.ids) for example in found.train)
+
+
+ROW = json.dumps(ask("2 + 2?", "4")).encode()
+WRITTEN = {
+    "a BOM": b"\xef\xbb\xbf" + ROW + b"\n" + ROW + b"\n",
+    "CRLF": ROW + b"\r\n" + ROW + b"\r\n",
+    "no last line end": ROW + b"\n" + ROW,
+    "a blank line at the end": ROW + b"\n" + ROW + b"\n\n",
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_rows_are_the_same_however_their_lines_are_written(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(WRITTEN[name])
+    found = prepared(section(path))
+    assert [example.place.line for example in found.train] == [1, 2]
+    texts = [tiny_tokenizer().decode(example.ids) for example in found.train]
+    assert texts == ["<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n"] * 2
 
 
 def test_long_rows_are_dropped_and_named(tmp_path: Path) -> None:

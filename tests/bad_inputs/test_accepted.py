@@ -1,0 +1,137 @@
+"""What looks odd and is right: the guard against reading too strictly."""
+# a table: one input a line
+
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.bad_inputs.cases import ADAPTER, World, run
+
+PLAN = ["plan", "recipe.yaml"]
+MERGE = ["merge", ADAPTER, "--base", "model", "--out", "merged"]
+BOM = b"\xef\xbb\xbf"
+
+
+def recipe(change: Callable[[bytes], bytes]) -> Callable[[World], list[str]]:
+    def build(world: World) -> list[str]:
+        world.write("recipe.yaml", change(world.path("recipe.yaml").read_bytes()))
+        return PLAN
+
+    return build
+
+
+def rows(change: Callable[[bytes], bytes]) -> Callable[[World], list[str]]:
+    def build(world: World) -> list[str]:
+        world.write("rows.jsonl", change(world.path("rows.jsonl").read_bytes()))
+        return PLAN
+
+    return build
+
+
+def extra_field(data: bytes) -> bytes:
+    found = [json.loads(line) | {"source": "me"} for line in data.splitlines()]
+    return b"".join(json.dumps(row).encode() + b"\n" for row in found)
+
+
+def settings_with_bom(world: World) -> list[str]:
+    path = world.path(f"{ADAPTER}/adapter_config.json")
+    path.write_bytes(BOM + path.read_bytes())
+    return MERGE
+
+
+def narrow(dtype: torch.dtype) -> Callable[[World], list[str]]:
+    def build(world: World) -> list[str]:
+        world.path(f"{ADAPTER}/lorakit.json").unlink()
+        path = world.path(f"{ADAPTER}/adapter_model.safetensors")
+        tensors = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
+        path.unlink()
+        save_file(tensors, path)
+        base = world.path("model/model.safetensors")
+        weights = {name: tensor.bfloat16() for name, tensor in load_file(base).items()}
+        base.unlink()
+        save_file(weights, base)
+        return MERGE
+
+    return build
+
+
+def odd_names(world: World) -> list[str]:
+    world.path("model").rename(world.path("ein Modell ü"))
+    world.path("rows.jsonl").rename(world.path("Zeilen 行.jsonl"))
+    world.write(
+        "-x y.yaml", "model: ein Modell ü\ndata: {train: Zeilen 行.jsonl, max_length: 64}\n"
+    )
+    return ["plan", "--", "-x y.yaml"]
+
+
+RATE = b"learning_rate: 1e-3"
+ACCEPTED = {
+    "OK01": recipe(lambda text: text.replace(RATE, b"learning_rate: 1e-4")),
+    "OK02": recipe(lambda text: text.replace(RATE, b"learning_rate: 1.0E-04")),
+    "OK03": recipe(lambda text: BOM + text),
+    "OK04": recipe(lambda text: text.replace(b"\n", b"\r\n")),
+    "OK05": rows(lambda data: BOM + data),
+    "OK06": rows(lambda data: data.replace(b"\n", b"\r\n")),
+    "OK07": rows(lambda data: data.removesuffix(b"\n")),
+    "OK08": rows(lambda data: data + b"\n"),
+    "OK09": rows(extra_field),
+    "OK10": settings_with_bom,
+    "OK11 F32": narrow(torch.float32),
+    "OK11 F16": narrow(torch.float16),
+    "OK11 BF16": narrow(torch.bfloat16),
+    "OK12": odd_names,
+    "R23": recipe(lambda text: text.replace(b"model: model",
+                                            b"model: {path: model, trust_remote_code: true}")),
+}  # fmt: skip
+# What the plan must say of it, and the warnings that belong to it.
+SAYS = {"OK01": "cosine 0.0001 ", "OK02": "cosine 0.0001 "}
+WARNED = {
+    "OK09": ("data.extra-fields", "source", "20 rows"),
+    "OK11": ("adapter.base-unknown", "model"),
+    "R23": ("security.remote-code", "trust_remote_code", "--allow-remote-code", "no effect"),
+}
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_accepted(name: str, world: World) -> None:
+    id = name.split()[0]
+    arguments = ACCEPTED[name](world)
+    ended = run(arguments)
+    assert ended.exit == 0, ended.stderr
+    if arguments[0] == "plan":
+        assert ended.document["rows"] == 20
+    expected, *parts = WARNED.get(id, ("",))
+    told = [one["message"] for one in ended.document["warnings"] if one["id"] == expected]
+    assert len(told) == bool(expected)
+    assert all(part in told[0] for part in parts)
+    assert {one["id"] for one in ended.document["warnings"]} <= {expected, "adapter.no-passport"}
+
+
+@pytest.mark.parametrize("name", SAYS)
+def test_numbers_are_read_as_numbers(name: str, world: World) -> None:
+    from typer.testing import CliRunner
+
+    from lorakit.cli.app import app
+
+    shown = CliRunner().invoke(app, ACCEPTED[name](world)).stdout
+    assert SAYS[name] in shown
+
+
+def test_lines_stay_right_behind_carriage_returns(world: World) -> None:
+    text = world.path("recipe.yaml").read_text() + "sead: 1\n"
+    places = []
+    for written in (text, text.replace("\n", "\r\n")):
+        world.write("recipe.yaml", written)
+        error = run(PLAN).document["error"]
+        places.append((error["id"], error["line"], error["column"]))
+    assert places[0] == places[1] == ("recipe.unknown-key", len(text.splitlines()), 1)
+
+
+def test_strict_makes_the_warning_about_remote_code_an_error(world: World) -> None:
+    ACCEPTED["R23"](world)
+    ended = run([*PLAN, "--strict"])
+    assert ended.exit == 2
+    assert ended.document["error"]["id"] == "usage.strict"

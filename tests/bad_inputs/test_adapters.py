@@ -1,0 +1,147 @@
+"""Adapters that cannot be used: `merge` refuses each before it reads a weight of the base."""
+# ruff: noqa: E501  # a table: one input a line
+
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.bad_inputs.cases import ADAPTER, Case, World, check_refused
+from tests.tiny import tiny_config, write_tiny_model
+
+CONFIG, TENSORS, PASSPORT = "adapter_config.json", "adapter_model.safetensors", "lorakit.json"
+A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+MERGE = ["merge", ADAPTER, "--base", "model", "--out", "merged"]
+
+Change = Callable[[dict[str, torch.Tensor]], object]
+
+
+def merge(spoil: Callable[[World], object]) -> Callable[[World], Sequence[str]]:
+    def build(world: World) -> Sequence[str]:
+        spoil(world)
+        return MERGE
+
+    return build
+
+
+def configured(**changes: Any) -> Callable[[World], Sequence[str]]:
+    """Change PEFT's settings, as a stranger's folder has them: without a passport."""
+
+    def spoil(world: World) -> None:
+        world.path(f"{ADAPTER}/{PASSPORT}").unlink()
+        world.change(f"{ADAPTER}/{CONFIG}", **changes)
+
+    return merge(spoil)
+
+
+def tensors(change: Change) -> Callable[[World], Sequence[str]]:
+    def spoil(world: World) -> None:
+        world.path(f"{ADAPTER}/{PASSPORT}").unlink()
+        path = world.path(f"{ADAPTER}/{TENSORS}")
+        found = load_file(path)
+        change(found)
+        path.unlink()
+        save_file(found, path, {"format": "pt"})
+
+    return merge(spoil)
+
+
+def cut(size: int, *, passport: bool = False) -> Callable[[World], Sequence[str]]:
+    """Keep so many bytes of the tensors; -1 is all but the last, +1 one more."""
+
+    def spoil(world: World) -> None:
+        path = world.path(f"{ADAPTER}/{TENSORS}")
+        data = path.read_bytes()
+        path.write_bytes(data + b"\0" if size == 1 else data[:size])
+        if not passport:
+            world.path(f"{ADAPTER}/{PASSPORT}").unlink()
+
+    return merge(spoil)
+
+
+def flipped(world: World) -> None:
+    path = world.path(f"{ADAPTER}/{TENSORS}")
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+
+
+def pickled(world: World) -> None:
+    path = world.path(f"{ADAPTER}/{TENSORS}")
+    path.rename(path.with_name("adapter_model.bin"))
+
+
+def other_base(**changes: Any) -> Callable[[World], object]:
+    def spoil(world: World) -> None:
+        shutil.rmtree(world.path("model"))
+        write_tiny_model(world.path("model"), **changes)
+
+    return spoil
+
+
+def wider(world: World) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_config("llama", hidden_size=64)
+    AutoModelForCausalLM.from_config(config).save_pretrained(world.path("model"))
+
+
+def without_passport(spoil: Callable[[World], object]) -> Callable[[World], object]:
+    def both(world: World) -> None:
+        world.path(f"{ADAPTER}/{PASSPORT}").unlink()
+        spoil(world)
+
+    return both
+
+
+def misspell(found: dict[str, torch.Tensor]) -> None:
+    for name in list(found):
+        found[name.replace("q_proj", "q_prj").replace("v_proj", "v_prj")] = found.pop(name)
+
+
+NOWHERE = "runs/absent"
+CASES = [
+    Case("A01", lambda _: ["merge", NOWHERE, "--out", "merged"], (), NOWHERE),
+    Case("A02", merge(lambda w: w.path(f"{ADAPTER}/{CONFIG}").unlink()),
+         (CONFIG, TENSORS, "tokenizer.json"), ADAPTER),
+    Case("A03", merge(pickled), ("adapter_model.bin",), ADAPTER),
+    Case("A04 missing", configured(peft_type=...), ("peft_type", "null", "IA3", "LORA"), CONFIG),
+    Case("A04 EVIL", configured(peft_type="EVIL"), ("peft_type", '"EVIL"', "LORA"), CONFIG),
+    Case("A04 no method", configured(peft_type="VERA"), ("peft_type", '"VERA"', "LORA"), CONFIG),
+    Case("A04 beside a passport", merge(lambda w: w.change(f"{ADAPTER}/{CONFIG}", peft_type="VERA")),
+         ("peft_type", '"VERA"', "LORA", '"lora"'), CONFIG),
+    *(Case(f"A05 {r!r}", configured(r=r), ("r: ", "(4, 32)"), CONFIG)
+      for r in (0, -1, "4", 10**9, True, 4.5, None, [4], ...)),
+    Case("A06", configured(target_modules=r"([a-z._0-9]+)+!"), ("target_modules",), CONFIG),
+    Case("A07 core", configured(megatron_core="os.path"), ("megatron_core",), CONFIG),
+    Case("A07 mapping",
+         configured(auto_mapping={"base_model_class": "X", "parent_library": "antigravity"}),
+         ("auto_mapping",), CONFIG),
+    Case("A08", tensors(lambda t: t.pop(A)), (A,), TENSORS),
+    Case("A08 several", tensors(lambda t: [t.pop(n) for n in list(t) if "lora_A" in n]),
+         (A, "4 are missing"), TENSORS),
+    Case("A09", tensors(misspell), ("q_prj.lora_A.weight", "any of `model.layers.0.self_attn.q_proj`"), TENSORS),
+    Case("A10 NaN", tensors(lambda t: t[A].view(-1)[3:5].fill_(float("nan"))), (A, " 2 "), TENSORS),
+    Case("A10 Inf", tensors(lambda t: t[A].view(-1)[3:4].fill_(-float("inf"))), (A, " 1 "), TENSORS),
+    Case("A11 I8", tensors(lambda t: t.update({A: t[A].to(torch.int8)})), (A, "is I8"), TENSORS),
+    Case("A11 F64", tensors(lambda t: t.update({A: t[A].double()})), (A, "is F64"), TENSORS),
+    *(Case(f"A12 {size}{' passport' * whole}", cut(size, passport=whole),
+           ("expected", "found"), TENSORS)
+      for size in (0, 4, 8, 20, -1, 1) for whole in (False, True)),
+    Case("A13", merge(flipped), ("expected sha256", "found"), TENSORS),
+    Case("A14 fingerprint", merge(other_base(seed=9)), ("fingerprint", "the base model is"), PASSPORT),
+    Case("A14 hidden size", merge(wider), ("hidden size 32, the base has 64",), PASSPORT),
+    Case("A14 shapes", merge(without_passport(wider)), ("hidden size 32, the base has 64",), TENSORS),
+    Case("lengths missing", configured(use_dora=True), ("lora_magnitude_vector", "missing"), TENSORS,
+         "adapter.missing-tensor"),
+    Case("copies missing", configured(modules_to_save=["lm_head"]), ("lm_head", "missing"), TENSORS,
+         "adapter.missing-tensor"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: str(case.name))
+def test_refused(case: Case, world: World) -> None:
+    check_refused(case, world)

@@ -1,0 +1,122 @@
+"""Checkpoints that a run cannot go on from, and those that it can: with a warning."""
+# ruff: noqa: E501  # a table: one input a line
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from tests.bad_inputs.cases import ROWS, RUN, Case, World, check_refused, is_said, run
+
+STEPS = f"{RUN}/checkpoints"
+NEWEST, BEFORE = f"{STEPS}/step-000006", f"{STEPS}/step-000004"
+RESUME = ["train", "recipe.yaml", "--resume"]
+
+Spoil = Callable[[World], object]
+
+
+def resume(spoil: Spoil, *more: str) -> Callable[[World], Sequence[str]]:
+    def build(world: World) -> Sequence[str]:
+        spoil(world)
+        return [*RESUME, *more]
+
+    return build
+
+
+def flip(name: str) -> Spoil:
+    """Change one bit in the middle of a file."""
+
+    def spoil(world: World) -> None:
+        data = bytearray(world.path(name).read_bytes())
+        data[len(data) // 2] ^= 1
+        world.write(name, bytes(data))
+
+    return spoil
+
+
+def unlink(name: str) -> Spoil:
+    return lambda world: world.path(name).unlink()
+
+
+def all_damaged(world: World) -> None:
+    flip(f"{NEWEST}/optimizer.safetensors")(world)
+    unlink(f"{BEFORE}/manifest.json")(world)
+
+
+def another_version(world: World) -> Sequence[str]:
+    patch = world.held.enter_context(pytest.MonkeyPatch.context())
+    patch.setattr("lorakit.training.passports.versions", lambda: {"torch": "2.99.0"})
+    return RESUME
+
+
+def more_threads(world: World) -> Sequence[str]:
+    patch = world.held.enter_context(pytest.MonkeyPatch.context())
+    patch.setattr(torch, "get_num_threads", lambda: 64)
+    return RESUME
+
+
+CASES = [
+    Case("C01 no run", lambda _: [*RESUME, "--out", "runs/new"], (), "runs/new"),
+    Case("C01 no checkpoint", resume(lambda w: shutil.rmtree(w.path(STEPS))), (), RUN),
+    Case("C01 an empty folder",
+         resume(lambda w: w.path("runs/new").mkdir(), "--out", "runs/new"), (), "runs/new"),
+    Case("C03", resume(all_damaged), ("step 6: checksum optimizer.safetensors",
+         "step 4: no manifest"), STEPS),
+    Case("C04 rank", resume(lambda _: None, "-s", "adapter.rank=8"),
+         ("recipe.adapter.rank", "was 4 and is 8")),
+    Case("C04 rate", resume(lambda _: None, "-s", "train.learning_rate=1e-2"),
+         ("recipe.train.learning_rate", "was 0.001 and is 0.01")),
+    Case("C04 data", resume(lambda w: w.write("rows.jsonl", w.path("rows.jsonl").read_text()[:-1])),
+         ("data",)),
+    Case("C05 version", another_version, ("torch", "2.99.0")),
+    Case("C05 threads", more_threads, ("threads", "64")),
+    Case("C07 pickle", resume(lambda w: w.write(f"{NEWEST}/optimizer.pt", b"\x80")),
+         ("optimizer.pt", "runs code"), NEWEST),
+    Case("C07 in the adapter", resume(lambda w: w.write(f"{NEWEST}/adapter/adapter_model.bin", b"")),
+         ("adapter/adapter_model.bin",), NEWEST),
+    Case("a link in a checkpoint",
+         resume(lambda w: os.symlink("/etc/hostname", w.path(f"{NEWEST}/notes.txt"))),
+         ("notes.txt", "symbolic link"), NEWEST, "security.path"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: str(case.name))
+def test_refused(case: Case, world: World) -> None:
+    check_refused(case, world)
+
+
+SKIPPED = {
+    "C02": (unlink(f"{NEWEST}/manifest.json"), "no manifest"),
+    "C06 optimizer": (unlink(f"{NEWEST}/optimizer.safetensors"), "missing optimizer.safetensors"),
+    "C06 state": (unlink(f"{NEWEST}/state.json"), "missing state.json"),
+    "C06 adapter": (
+        unlink(f"{NEWEST}/adapter/adapter_model.safetensors"),
+        "missing adapter/adapter_model.safetensors",
+    ),
+    "a flipped bit": (flip(f"{NEWEST}/state.json"), "checksum state.json"),
+}
+
+
+@pytest.mark.parametrize("name", SKIPPED)
+def test_an_older_one_is_taken_with_a_warning(name: str, world: World) -> None:
+    spoil, reason = SKIPPED[name]
+    spoil(world)
+    ended = run(RESUME)
+    assert ended.exit == 0, ended.stderr
+    (warning,) = ended.document["warnings"]
+    assert warning["id"] == "checkpoint.skipped"
+    for part in (f"skipped step 6: {reason}", "resuming from step 4"):
+        assert part in warning["message"]
+    row = ROWS.get(name.split()[0])
+    assert all(is_said(one, warning["message"]) for (one,) in (row.parts if row else ()))
+    assert ended.document["steps"] == 6
+
+
+def test_resume_or_start_says_which_of_the_two_it_did(world: World) -> None:
+    command = ["train", "recipe.yaml", "--resume-or-start", "--out", "runs/new"]
+    for told in ("starts: there is no checkpoint", "resuming from step 6"):
+        ended = run(command)
+        assert ended.exit == 0
+        assert told in ended.stderr

@@ -1,0 +1,140 @@
+"""Model folders that cannot be used: `plan` refuses each before it reads a weight."""
+# a table: one input a line
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from tests.bad_inputs.cases import Case, World, check_refused
+from tests.tiny import VOCABULARY, tiny_tokenizer, write_tiny_model
+
+INDEX = "model/model.safetensors.index.json"
+WEIGHTS = "model/model.safetensors"
+NORM = "model.norm.weight"
+PLAN = ["plan", "recipe.yaml"]
+
+Spoil = Callable[[World], object]
+
+
+def plan(spoil: Spoil) -> Callable[[World], Sequence[str]]:
+    def build(world: World) -> Sequence[str]:
+        spoil(world)
+        return PLAN
+
+    return build
+
+
+def recipe(model: str) -> Callable[[World], Sequence[str]]:
+    return plan(lambda world: world.write("recipe.yaml", f"{model}\ndata: {{train: rows.jsonl}}\n"))
+
+
+def config(**changes: Any) -> Callable[[World], Sequence[str]]:
+    return plan(lambda world: world.change("model/config.json", **changes))
+
+
+def sharded(world: World) -> dict[str, str]:
+    """Write the model in two files; return the index's map."""
+    world.path(WEIGHTS).unlink()
+    write_tiny_model(world.path("model"), shards=2)
+    found: dict[str, str] = json.loads(world.path(INDEX).read_text())["weight_map"]
+    assert len(set(found.values())) > 1
+    return found
+
+
+def mapped(entry: str, make: Spoil = lambda _: None) -> Callable[[World], Sequence[str]]:
+    """Let the index say that the norm is in this file."""
+
+    def spoil(world: World) -> None:
+        placed = sharded(world)
+        world.write(INDEX, json.dumps({"metadata": {}, "weight_map": {**placed, NORM: entry}}))
+        make(world)
+
+    return plan(spoil)
+
+
+def secret(world: World) -> None:
+    world.path("secret").mkdir()
+    save_file({NORM: torch.ones(32)}, world.path("secret/other.safetensors"))
+
+
+def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Spoil:
+    def spoil(world: World) -> None:
+        found = load_file(world.path(WEIGHTS))
+        change(found)
+        world.path(WEIGHTS).unlink()
+        save_file(found, world.path(WEIGHTS), {"format": "pt"})
+
+    return spoil
+
+
+def train(spoil: Spoil) -> Callable[[World], Sequence[str]]:
+    """Values are read by a run alone; it comes to no step and leaves no folder."""
+
+    def build(world: World) -> Sequence[str]:
+        spoil(world)
+        return ["train", "recipe.yaml", "--out", "runs/new"]
+
+    return build
+
+
+def cut(world: World) -> None:
+    data = world.path(WEIGHTS).read_bytes()
+    world.path(WEIGHTS).write_bytes(data[:-10])
+
+
+def more_tokens(world: World) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"<{n}>" for n in range(VOCABULARY + 1 - len(tokenizer))])
+    tokenizer.save_pretrained(world.path("model"))
+
+
+def template(text: str) -> Callable[[World], Sequence[str]]:
+    return plan(lambda world: world.write("model/chat_template.jinja", text))
+
+
+CASES = [
+    Case("M01 folder", recipe("model: ./absent"), ("folder ./absent",), "./absent"),
+    Case("M01 below a folder", recipe("model: model/absent"), ("folder model/absent",),
+         "model/absent"),
+    Case("M01 absolute", recipe("model: /nowhere/absent"), ("folder /nowhere/absent",),
+         "/nowhere/absent"),
+    Case("M01 .gguf", recipe("model: absent.gguf"), ("file absent.gguf",), "absent.gguf"),
+    Case("M01 config.json", plan(lambda w: w.path("model/config.json").unlink()), ("model",),
+         "model"),
+    Case("M02", config(model_type="lllama"), ("model_type 'lllama'", transformers.__version__),
+         "model/config.json"),
+    Case("M03", config(model_type="own", auto_map={"AutoModelForCausalLM": "code.Own"}),
+         ("code.py",), "model/config.json"),
+    Case("M04", config(attn_implementation="evil/kernel"),
+         ('attn_implementation: "evil/kernel"', "eager", "sdpa"), "model/config.json"),
+    Case("M05", mapped("../secret/other.safetensors", secret), ("../secret/other.safetensors",),
+         INDEX),
+    Case("M06 .bin", mapped("pytorch_model.bin"), ("pytorch_model.bin",), INDEX),
+    Case("M06 name", mapped("hostname"), ("'hostname'",), INDEX),
+    Case("a system file", mapped("/etc/hostname"), ("'/etc/hostname'", ".safetensors"), INDEX,
+         "security.path"),
+    Case("a FIFO for a shard",
+         mapped("fifo.safetensors", lambda w: os.mkfifo(w.path("model/fifo.safetensors"))),
+         ("fifo.safetensors", "FIFO"), "model", "security.path"),
+    Case("M07", plan(cut), ("expected", "bytes, found"), WEIGHTS),
+    Case("M08", plan(tensors(lambda t: t.pop(NORM))), (NORM,), "model"),
+    Case("M09", train(tensors(lambda t: t[NORM].view(-1)[2:5].fill_(float("nan")))),
+         (NORM, " 3 "), ""),
+    Case("M10", plan(more_tokens), ("321 tokens", "320 rows"), "model"),
+    Case("no tokenizer", plan(lambda w: w.path("model/tokenizer.json").unlink()),
+         ("tokenizer.json",), "model", "tokenizer.missing"),
+    Case("a cut tokenizer", plan(lambda w: w.write("model/tokenizer.json", '{"version": "1.0"')),
+         ("tokenizer",), "model", "tokenizer.missing"),
+    Case("M11", template("{{ cycler.__init__.__globals__.os.system('id') }}"), (), "rows.jsonl:1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: str(case.name))
+def test_refused(case: Case, world: World) -> None:
+    check_refused(case, world)

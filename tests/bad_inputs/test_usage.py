@@ -1,0 +1,55 @@
+"""Command lines that are wrong, a folder in use, and what this machine lacks."""
+# ruff: noqa: E501  # a table: one input a line
+# a table: one input a line
+
+from collections.abc import Sequence
+
+import pytest
+
+from lorakit.storage.lock import locked
+from tests.bad_inputs.cases import ADAPTER, RUN, Build, Case, World, check_refused
+
+
+def given(*arguments: str) -> Build:
+    return lambda _: arguments
+
+
+def in_use(*more: str) -> Build:
+    """A run holds the folder."""
+
+    def build(world: World) -> Sequence[str]:
+        world.held.enter_context(locked(world.path(RUN)))()
+        return ["train", "recipe.yaml", *more]
+
+    return build
+
+
+def without_bitsandbytes(command: str) -> Build:
+    def build(world: World) -> Sequence[str]:
+        patch = world.held.enter_context(pytest.MonkeyPatch.context())
+        patch.setattr("lorakit.model.quantized.find_spec", lambda _: None)
+        return [command, "recipe.yaml", "-s", "model.quantization=nf4", "-s", "output_dir=runs/new"]
+
+    return build
+
+
+CASES = [
+    Case("X01 option", given("plan", "recipe.yaml", "--offlin"), ("--offlin", "--offline")),
+    Case("X01 command", given("trian", "recipe.yaml"), ("trian", "train")),
+    Case("X01 subcommand", given("recipes", "lst"), ("lst", "list")),
+    Case("X01 number", given("train", "recipe.yaml", "--max-steps", "two"), ("two", "--max-steps")),
+    Case("X01 choice", given("merge", ADAPTER, "--out", "m", "--dtype", "bf61"), ("bf61", "bf16")),
+    Case("X01 too much", given("plan", "recipe.yaml", "train.epochs=2"),
+         ("train.epochs=2", "--set KEY=VALUE")),
+    Case("X01 missing", given("merge", ADAPTER), ("--out",)),
+    *(Case(f"X02 {' '.join(more) or 'start'}", in_use(*more),
+           (RUN, "pid ", " on ", ", started 20"), f"{RUN}/.lock")
+      for more in ((), ("--resume",), ("--resume-or-start",), ("--overwrite",))),
+    Case("X05 plan", without_bitsandbytes("plan"), ("bitsandbytes", "model.quantization", "pip install")),
+    Case("X05 train", without_bitsandbytes("train"), ("bitsandbytes", "model.quantization", "pip install")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: str(case.name))
+def test_refused(case: Case, world: World) -> None:
+    check_refused(case, world)
