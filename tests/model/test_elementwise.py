@@ -1,7 +1,6 @@
 """What runs between the matrix products: its backward passes, and compiled as it stands."""
 
 import shutil
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -67,17 +66,14 @@ def _apart() -> Iterator[None]:
 
 @pytest.mark.slow  # the compiler of C++ takes seconds
 @pytest.mark.usefixtures("_apart")
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own code
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
 def test_compiled_a_function_is_itself() -> None:
     gate, up, grad = (normal(8, 16, seed=s).detach().float() for s in range(3))
     expected = elementwise.silu_gate_backward(grad, gate, up)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, on its way
-        assert elementwise.fuse_kernels(CPU, torch.float32) is None
-        for ours, theirs in zip(
-            elementwise.silu_gate_backward(grad, gate, up), expected, strict=True
-        ):
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert elementwise.fuse_kernels(CPU, torch.float32) is None
+    for ours, theirs in zip(elementwise.silu_gate_backward(grad, gate, up), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.usefixtures("_apart")
