@@ -24,6 +24,8 @@ from measure import Clock, peak_memory, read_job, read_rows, report, save_tensor
 from safetensors.torch import load_file, save_file
 
 from lorakit import adapters
+from lorakit import runtime as runtimes
+from lorakit.adapters import _attach
 from lorakit.data.prepare import Dataset
 from lorakit.data.report import Report
 from lorakit.data.tokens import Example
@@ -86,6 +88,7 @@ def recipe_text(job: dict[str, Any], rows_per_step: int, steps: int, longest: in
                 "warmup": 0,
                 "max_grad_norm": CLIP,
                 "gradient_checkpointing": job.get("checkpointing", "auto"),
+                "compile": job.get("compile", "auto"),
             },
             "seed": SEED,
         }
@@ -127,6 +130,14 @@ def take_initial_values(run: Any, path: str) -> None:
         for name, parameter in run.named.items():
             module, _, part = name.removesuffix(".weight").rpartition(".lora_")
             parameter.copy_(given[f"{module}.{part}"])
+
+
+def switch_off(job: dict[str, Any]) -> None:
+    """Take away what the job says lorakit is to do without."""
+    if not job.get("twins", True):
+        _attach.fuse = lambda model: 0
+    if job.get("gives_back"):
+        runtimes._keep_freed_memory = lambda: None
 
 
 def keep_gradients(run: Any, path: str) -> None:
@@ -174,6 +185,7 @@ def main() -> None:
     """Train as the job says and report the times."""
     job = read_job()
     torch.set_float32_matmul_precision(job.get("precision", "highest"))
+    switch_off(job)
     plan, runtime, clock = plan_of(job), start(), Clock(job, torch)
     profiler = None
     if job.get("profile"):
