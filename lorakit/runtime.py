@@ -66,6 +66,17 @@ class Runtime:
         """Wait until every process has come here."""
         self.sum(torch.zeros(1, device=self.device)).item()
 
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Let the main process run the block before the others: they find what it has made."""
+        if not self.is_main:
+            self.wait()
+        try:
+            yield
+        finally:
+            if self.is_main:
+                self.wait()
+
     def peak_bytes(self) -> int:
         """Return the most memory in use so far: of the GPU's allocator, or resident on a CPU."""
         if self.device.type == "cuda":

@@ -3,6 +3,7 @@
 import ipaddress
 import os
 import socket
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,26 @@ hypothesis.settings.register_profile("lorakit", deadline=None, derandomize=True,
 hypothesis.settings.load_profile("lorakit")
 
 
+_own_cache = tempfile.TemporaryDirectory(prefix="lorakit-tests-")
+
+
 def pytest_configure() -> None:
-    """Set what libraries read when they are imported: no test file is imported yet."""
+    """Set what libraries read when they are imported: no test file is imported yet.
+
+    The cache folder is the tests' own, with the user's models in it: nothing that an earlier run
+    has tokenised is found, and nothing is left there.
+    """
     os.environ.update(ENVIRONMENT)
     for variable in UNSET:
         os.environ.pop(variable, None)
+    models = environment.cache_folder() / "models"
+    Path(_own_cache.name, "models").symlink_to(models.absolute())
+    os.environ["LORAKIT_CACHE"] = _own_cache.name
+
+
+def pytest_unconfigure() -> None:
+    """Remove the tests' cache folder."""
+    _own_cache.cleanup()
 
 
 @pytest.fixture(autouse=True)

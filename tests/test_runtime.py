@@ -28,6 +28,20 @@ def test_one_process_is_the_sum_of_itself() -> None:
     assert 0 < alone.free_bytes() == pytest.approx(available_bytes(), rel=0.2)
 
 
+def test_the_main_process_goes_first_whatever_becomes_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(Runtime, "wait", lambda self: events.append(f"{self.process} waits"))
+    with Runtime(CPU, 0, 2).main_first():
+        events.append("0 works")
+    with Runtime(CPU, 1, 2).main_first():
+        events.append("1 works")
+    with pytest.raises(KeyError), Runtime(CPU, 0, 2).main_first():
+        raise KeyError
+    assert events == ["0 works", "0 waits", "1 waits", "1 works", "0 waits"]
+
+
 def test_dropout_is_a_function_of_seed_step_and_process() -> None:
     def drawn(seed: int, step: int, process: int = 0) -> torch.Tensor:
         Runtime(CPU, process, 2).seed_step(seed, step)

@@ -95,7 +95,7 @@ def data_stats(
     dataset = _prepared(screen, recipe, changes, allow_local_code, allow_remote_code)
     screen.notice(*dataset.notices)
     lines = dataset.report.lines()
-    lines += _histogram([len(example.ids) for example in dataset.train])
+    lines += _histogram(dataset.train.lengths.tolist())
     screen.result(Text("\n".join(lines)), dataset.report.facts())
 
 
@@ -151,11 +151,13 @@ def _prepared(
     allow_local_code: bool,
     allow_remote_code: bool,
 ) -> "Dataset":
-    from lorakit.data.prepare import prepare
+    from lorakit.data.cache import prepared
+    from lorakit.environment import cache_folder
 
     loaded, tokenizer, context = _opened(screen, recipe, changes, allow_remote_code)
     with screen.progress("Reading the data", None) as advance:
-        return prepare(
+        return prepared(
+            cache_folder(),
             loaded.data,
             tokenizer,
             context,

@@ -41,6 +41,7 @@ def doctor(
     from rich.table import Table
 
     from lorakit.cli import conflicts
+    from lorakit.data.cache import entries
     from lorakit.model.hub import has_token
     from lorakit.runtime import available_bytes, best_dtype, gpu, start, usable_cores
 
@@ -51,6 +52,7 @@ def doctor(
         *conflicts.between_packages(installed, PACKAGES),
         *conflicts.with_gpu(found, installed.get("torch", "")),
     ]
+    tokenised = entries(cache)
     disk = shutil.disk_usage(next(p for p in (cache, *cache.parents) if p.exists()))
     facts: dict[str, Any] = {
         "lorakit": __version__,
@@ -65,6 +67,7 @@ def doctor(
         "4-bit": _four_bit(runtime.device),
         "memory free": f"{available_bytes() / 2**30:.1f} GiB",
         "disk free": f"{disk.free / 2**30:.1f} GiB at {cache}",
+        "token cache": f"{sum(tokenised.values()) / 2**20:.1f} MiB, {len(tokenised)} data sets",
         "hub token": "found" if has_token() else "not found",
         "network": "off" if screen.offline else "allowed",
         "conflicts": f"{len(conflicting)}, told below" if conflicting else "none known",

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorakit import adapters, environment
 from lorakit.adapters import Saved
 from lorakit.cli.screen import Screen
-from lorakit.data.prepare import prepare
+from lorakit.data.cache import prepared
 from lorakit.errors import BadInput
 from lorakit.evaluation.run import Task
 from lorakit.model import base as bases
@@ -112,7 +112,8 @@ def task_of(
             help="set eval.data, or data.eval: 0.05",
         )
     with screen.progress("Reading the data", None) as advance:
-        dataset = prepare(
+        dataset = prepared(
+            environment.cache_folder(),
             recipe.data,
             subject.tokenizer,
             subject.base.context,

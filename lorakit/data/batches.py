@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lorakit.data.packing import pack, padded_groups
 from lorakit.data.prepare import Dataset
-from lorakit.data.tokens import MASKED, Example
+from lorakit.data.tokens import MASKED, Example, Examples
 from lorakit.errors import Place
 from lorakit.recipe.sections import Train
 from lorakit.runtime import Runtime
@@ -81,13 +81,12 @@ class Steps:
             process: which share of the micro-batches is ours.
             processes: how many shares there are.
         """
-        self._examples, self._seed = examples, seed
+        self._examples, self._seed = Examples.of(examples), seed
         self._batch_size, self.by_tokens = batch_size, micro_batch_size == "auto"
         self.limit = MICRO_BATCH_TOKENS if micro_batch_size == "auto" else micro_batch_size
         self._packing, self._max_length = packing, max_length
         self._process, self._processes = process, processes
-        self._lengths = np.array([len(example.ids) for example in examples], np.int64)
-        self._trained = np.array([example.trained for example in examples], np.int64)
+        self._lengths, self._trained = self._examples.lengths, self._examples.trained
         self._rows = _repeated(weights or [1.0] * len(examples), seed)
         self._epoch = lru_cache(maxsize=1)(self._units)
         self._longest_unit = max(int(self._lengths[unit].sum()) for unit in self._epoch(0))
@@ -219,7 +218,7 @@ def eval_batches(
 
     An example that is longer than the budget is a batch of its own.
     """
-    lengths = [len(example.ids) for example in examples]
+    lengths = Examples.of(examples).lengths.tolist()
     groups = pack(lengths, budget) if packing else padded_groups(lengths, budget)
     for group in groups:
         yield (_packed if packing else _padded)(examples, group)

@@ -61,8 +61,7 @@ def read(
         BadInput: for the first fault, saying how many more rows have the same.
         EnvironmentLacks: `env.offline`.
     """
-    held_out = eval_sources or section.eval
-    own = tuple(held_out) if held_out and not isinstance(held_out, float) else ()
+    train_sources, own = wanted(section, eval_sources, only)
     digests: dict[str, str] = {}
     notices: list[Notice] = []
 
@@ -75,11 +74,19 @@ def read(
             digests[source.path] = loaded.sha256
         return found
 
-    train = [] if only == "eval" and own else items(section.train, 0)
-    kept = [] if only == "train" else items(own, len(section.train))
-    if isinstance(held_out, float):
-        train, kept = split(train, held_out, seed)
+    train, kept = items(train_sources, 0), items(own, len(section.train))
+    if isinstance(section.eval, float) and not eval_sources:
+        train, kept = split(train, section.eval, seed)
     return Items(tuple(train), tuple(kept), digests, tuple(dict.fromkeys(notices)))
+
+
+def wanted(
+    section: Data, eval_sources: Sequence[Source] | None, only: Literal["train", "eval"] | None
+) -> tuple[tuple[Source, ...], tuple[Source, ...]]:
+    """Return the sources that must be read for train and, where it has its own, for eval."""
+    held_out = eval_sources or section.eval
+    own = tuple(held_out) if held_out and not isinstance(held_out, float) else ()
+    return () if only == "eval" and own else section.train, () if only == "train" else own
 
 
 def split(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:

@@ -11,7 +11,7 @@ from lorakit.data.items import read
 from lorakit.data.kept import Kept
 from lorakit.data.report import Report
 from lorakit.data.template import Renderer
-from lorakit.data.tokens import Encoder, Example, Prompt
+from lorakit.data.tokens import Encoder, Examples, Prompt
 from lorakit.errors import BadInput, Notice
 from lorakit.recipe.sections import Data, Source
 
@@ -26,8 +26,8 @@ class Dataset:
     text. `stop_ids` are the tokens that answers end in. `chat_template` is the one in use.
     """
 
-    train: tuple[Example, ...]
-    eval: tuple[Example, ...]
+    train: Examples
+    eval: Examples
     eval_prompts: tuple[Prompt, ...]
     weights: tuple[float, ...]
     report: Report
@@ -139,8 +139,8 @@ def _dataset(
         found.append(Notice("data.overlap", message))
     report = Report(train.counts(stops), held_out.counts(stops), overlap, sha256, train.max_length)
     return Dataset(
-        tuple(train.examples),
-        tuple(held_out.examples),
+        Examples.of(train.examples),
+        Examples.of(held_out.examples),
         tuple(held_out.prompts),
         tuple(train.weights),
         report,

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Self, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,11 @@ from lorakit.data.template import BREAK, Rendered, Special
 from lorakit.errors import BadInput, Place
 
 MASKED = -100
+
+# What is known of each example: where its tokens end, how many are trained, where it stands.
+TABLE = np.dtype(
+    [("end", "<i8"), ("trained", "<i4"), ("file", "<i4"), ("line", "<i4"), ("cut", "?")], align=True
+)
 
 # How texts begin, to see whether a tokenizer marks the start of one.
 _STARTS = ("a", " a", "\n\na", "1", ".", "the")
@@ -39,6 +45,69 @@ class Example:
         """The id of the last trained token."""
         trained = self.labels[self.labels != MASKED]
         return int(trained[-1]) if len(trained) else None
+
+
+@dataclass(frozen=True, eq=False)
+class Examples(Sequence[Example]):
+    """Examples as columns, in memory or mapped from a file; each is made when it is asked for.
+
+    `ids` (tokens,) are those of all rows, end to end, uint16 where that holds them, else uint32;
+    `marks` has a bit for each, set where it is trained. `table` (rows,) is a `TABLE`; its `file`
+    counts `files`, and a `line` of 0 means none.
+    """
+
+    ids: NDArray[np.unsignedinteger[Any]]
+    marks: NDArray[np.uint8]
+    table: NDArray[np.void]
+    files: tuple[str, ...]
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> Self:
+        """Return examples as columns."""
+        if isinstance(examples, cls):
+            return examples
+        files = {name: k for k, name in enumerate(dict.fromkeys(e.place.file for e in examples))}
+        table = np.zeros(len(examples), TABLE)
+        table["end"] = np.cumsum([len(example.ids) for example in examples])
+        for name, values in {
+            "trained": [example.trained for example in examples],
+            "file": [files[example.place.file] for example in examples],
+            "line": [example.place.line or 0 for example in examples],
+            "cut": [example.cut for example in examples],
+        }.items():
+            table[name] = values
+        ids = np.concatenate([example.ids for example in examples] or [np.zeros(0, np.int32)])
+        labels = np.concatenate([example.labels for example in examples] or [ids])
+        narrow = np.uint16 if ids.max(initial=0) <= np.iinfo(np.uint16).max else np.uint32
+        return cls(ids.astype(narrow), np.packbits(labels != MASKED), table, tuple(files))
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """The tokens of each example."""
+        return np.diff(self.table["end"], prepend=0)
+
+    @property
+    def trained(self) -> NDArray[np.int64]:
+        """The trained tokens of each example."""
+        return self.table["trained"].astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[k] for k in range(len(self))[index]]
+        row = range(len(self))[index]
+        _, _, file, line, cut = self.table[row].tolist()
+        first, last = (int(self.table["end"][k]) if k >= 0 else 0 for k in (row - 1, row))
+        ids = self.ids[first:last].astype(np.int32)
+        bits = np.unpackbits(self.marks[first // 8 : -(-last // 8)])[first % 8 :][: len(ids)]
+        place = Place(self.files[file], line or None)
+        return Example(ids, np.where(bits, ids, np.int32(MASKED)), place, cut)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorakit import adapters
 from lorakit.adapters import Method
 from lorakit.data.batches import Packing, Steps
-from lorakit.data.prepare import Dataset, prepare
+from lorakit.data.cache import prepared
+from lorakit.data.prepare import Dataset
 from lorakit.environment import cache_folder
 from lorakit.errors import BadInput, Notice
 from lorakit.model import base as base_models
@@ -120,7 +121,8 @@ def make(
     method, sites, coverage = choose(recipe, skeleton)
     base_models.check_attention(recipe.model.attention)
     tokenizer = base_models.load_tokenizer(base)
-    dataset = data or prepare_data(recipe, base, tokenizer, permissions)
+    with runtime.main_first():
+        dataset = data or prepare_data(recipe, base, tokenizer, permissions)
     # What is saved beside the adapter is the template that its rows were rendered with.
     tokenizer.chat_template = dataset.chat_template
     notices = [*base.notices, *unusual(recipe), *coverage, *dataset.notices]
@@ -199,7 +201,8 @@ def prepare_data(
     recipe: Recipe, base: Base, tokenizer: PreTrainedTokenizerBase, permissions: Permissions
 ) -> Dataset:
     """Read, render and count the rows of a recipe."""
-    return prepare(
+    return prepared(
+        cache_folder(),
         recipe.data,
         tokenizer,
         base.context,

@@ -28,7 +28,7 @@ from lorakit import runtime as runtimes
 from lorakit.adapters import _attach
 from lorakit.data.prepare import Dataset
 from lorakit.data.report import Report
-from lorakit.data.tokens import Example
+from lorakit.data.tokens import Example, Examples
 from lorakit.errors import Place
 from lorakit.recipe.reader import read
 from lorakit.runtime import start
@@ -97,14 +97,18 @@ def recipe_text(job: dict[str, Any], rows_per_step: int, steps: int, longest: in
 
 def dataset(rows: list[dict[str, list[int]]]) -> Dataset:
     """Return the rows of a job as lorakit's own examples."""
-    examples = tuple(
-        Example(np.array(row["input_ids"], np.int32), np.array(row["labels"], np.int32), Place("?"))
-        for row in rows
+    examples = Examples.of(
+        [
+            Example(
+                np.array(row["input_ids"], np.int32), np.array(row["labels"], np.int32), Place("?")
+            )
+            for row in rows
+        ]
     )
-    longest = max(len(example.ids) for example in examples)
+    longest = int(examples.lengths.max())
     nothing = Report(None, None, 0, {}, longest)
     weights = (1.0,) * len(rows)
-    return Dataset(examples, (), (), weights, nothing, (), frozenset(), None, longest)
+    return Dataset(examples, Examples.of([]), (), weights, nothing, (), frozenset(), None, longest)
 
 
 def plan_of(job: dict[str, Any]) -> Plan:

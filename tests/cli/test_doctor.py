@@ -24,6 +24,7 @@ def test_a_machine_that_is_whole_has_no_problems() -> None:
     document = json.loads(ended.stdout)
     assert document["facts"]["torch"] == importlib.metadata.version("torch")
     assert document["facts"]["conflicts"] == "none known"
+    assert document["facts"]["token cache"].endswith("data sets")
     assert document["problems"] == []
 
 
