@@ -75,6 +75,7 @@ BANNED_MODULES = {"pickle", "cPickle", "dill", "shelve", "marshal", "joblib", "c
 LATE_IMPORTS = {
     ("adapters/__init__.py", "get"),
     ("model/quantized.py", "_library"),
+    ("training/optim.py", "_library"),
     ("data/source.py", "_from_hub"),
     ("data/source.py", "_parquet"),
 }

@@ -170,6 +170,7 @@ def record(plan: Plan, runtime: Runtime, folder: RunFolder) -> None:
         seed=plan.recipe.seed,
         dtype=str(plan.dtype).removeprefix("torch."),
         packing=plan.packing,
+        optimizer=plan.setup.optimizer,
         recomputed_layers=plan.setup.recomputed,
         micro_batch_limit=plan.steps.limit,
         micro_batch_tokens=plan.steps.micro_batch_tokens,

@@ -29,6 +29,15 @@ from lorakit.recipe.bounds import read_bound
 DEFAULT_METHOD = "lora"
 
 Metric = Literal["loss", "perplexity", "token_accuracy", "exact_match", "json_valid", "stop_rate"]
+Optimizer = Literal[
+    "adamw",
+    "adamw_8bit",
+    "paged_adamw_8bit",
+    "paged_adamw_32bit",
+    "lion_8bit",
+    "sgd",
+    "adafactor",
+]
 Normalization = Literal["strip", "casefold", "punctuation", "number", "json"]
 
 
@@ -177,7 +186,14 @@ class Train(Section):
         "cosine", description="after warm-up; wsd: constant, then down over the last fifth"
     )
     warmup: float = Field(0.03, ge=0, description="below 1 a fraction of the steps, else steps")
-    optimizer: Literal["adamw"] = Field("adamw", description="fp32 states")
+    optimizer: Optimizer = Field(
+        "adamw",
+        description="8bit: states in 8 bits; paged: states that leave a full GPU for the host; "
+        "lion wants a third to a tenth of the rate; sgd has no states",
+    )
+    strict_optimizer: bool = Field(
+        False, description="refuse an optimizer that this device lacks, instead of the nearest one"
+    )
     weight_decay: float = Field(0.0, ge=0, description="decoupled; not on biases and norms")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
     gradient_checkpointing: bool | Literal["auto"] = Field(

@@ -120,8 +120,7 @@ def step(run: Run, index: int) -> bool:
     gradients.buffer[:-1] /= run.scale
     norm = gradients.clip(settings.max_grad_norm)
     spoilt = (~(gradients.loss + norm).isfinite()).float()
-    optim.finite_gate(run.optimizer, spoilt)
-    run.optimizer.step()
+    optim.take_step(run.optimizer, spoilt)
     run.method.after_step(run.model, index, plan.steps.total)
     numbers = torch.stack([gradients.loss, norm, spoilt, gradients.stops])
     if plan.dtype is torch.float16:

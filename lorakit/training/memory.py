@@ -16,6 +16,7 @@ from lorakit.errors import RunFailed
 from lorakit.model.families import plain_head
 from lorakit.model.loss import CHUNK_BYTES, CHUNK_BYTES_GPU, CHUNK_ROWS
 from lorakit.model.quantized import Quantization
+from lorakit.recipe.sections import Optimizer
 from lorakit.training.trace import Trace
 
 GIB = 2**30
@@ -94,7 +95,7 @@ class Setup:
         recomputed: layers, from the first, whose activations are computed again.
         offload: whether the inputs of those wait in host memory.
         quantization: of the base, None where it is dense.
-        optimizer: as the recipe names it.
+        optimizer: that the device has for the recipe.
         gpu: whether a GPU computes.
     """
 
@@ -103,7 +104,7 @@ class Setup:
     recomputed: int = 0
     offload: bool = False
     quantization: Quantization | None = None
-    optimizer: str = "adamw"
+    optimizer: Optimizer = "adamw"
     gpu: bool = False
 
 
@@ -153,10 +154,11 @@ def weight_bytes(shape: Shape, how: Quantization | None) -> int:
 
 def optimizer_bytes(shape: Shape, optimizer: str) -> int:
     """Return the bytes of an optimizer's states."""
-    return sum(_state_bytes(tensor, optimizer) for tensor in shape.trained)
+    return sum(state_bytes(tensor, optimizer) for tensor in shape.trained)
 
 
-def _state_bytes(tensor: tuple[int, ...], optimizer: str) -> int:
+def state_bytes(tensor: tuple[int, ...], optimizer: str) -> int:
+    """Return the bytes of an optimizer's states for a tensor of this shape."""
     numbers = prod(tensor)
     if optimizer == "sgd":
         return 0

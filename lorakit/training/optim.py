@@ -1,93 +1,81 @@
-"""The optimizer, its schedule, and one flat buffer that holds every gradient."""
+"""The optimizer with its schedule and its state.
+
+AdamW: Loshchilov and Hutter 2019, arXiv 1711.05101. States in 8 bits: Dettmers et al. 2022, arXiv
+2110.02861; paged ones: Dettmers et al. 2023, arXiv 2305.14314, section 3. Lion: Chen et al. 2023,
+arXiv 2302.06675. Adafactor: Shazeer and Stern 2018, arXiv 1804.04235.
+"""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.errors import RunFailed
-from lorakit.recipe.sections import Train
+from lorakit.errors import EnvironmentLacks, Notice, RunFailed
+from lorakit.recipe.sections import Optimizer, Train
+from lorakit.training.memory import GIB, state_bytes
 
+# What a paged optimizer is where there is no GPU to page from.
+UNPAGED: Mapping[Optimizer, Optimizer] = {
+    "paged_adamw_8bit": "adamw_8bit",
+    "paged_adamw_32bit": "adamw",
+}
+# bitsandbytes' classes.
+BITSANDBYTES: Mapping[Optimizer, str] = {
+    "adamw_8bit": "AdamW8bit",
+    "paged_adamw_8bit": "PagedAdamW8bit",
+    "paged_adamw_32bit": "PagedAdamW32bit",
+    "lion_8bit": "Lion8bit",
+}
+# Adafactor's ε₁ and ε₂. With the paper's 10⁻³ a B that starts at zero would hardly move; with 1 a
+# step has the size that the recipe's rate says, as with AdamW, for tensors of ordinary size.
+ADAFACTOR_EPS = (1e-16, 1.0)
 # The share of the steps in which `wsd` comes down (Hu et al. 2024, 2404.06395, section 4).
 WSD_DECAY = 0.2
 
 
-class Gradients:
-    """All gradients in one fp32 buffer: one sum over processes, one norm, one fill with zeros.
+def resolve(section: Train, device: torch.device) -> tuple[Optimizer, list[Notice]]:
+    """Return the optimizer that a device has for a recipe, with a notice where it is another one.
 
-    Each parameter's `.grad` is a view of the buffer, so backward adds into it. Two more places
-    travel with them: the step's loss, and how many processes were asked to stop.
+    Raises:
+        EnvironmentLacks: when bitsandbytes is missing, or the recipe wants that optimizer or none.
     """
-
-    def __init__(self, named: Mapping[str, nn.Parameter]) -> None:
-        self.named = dict(named)
-        parameters = self.named.values()
-        first = next(iter(parameters))
-        self.buffer = torch.zeros(count(parameters) + 2, device=first.device)
-        self.flat, self.loss, self.stops = self.buffer[:-2], self.buffer[-2], self.buffer[-1]
-        start = 0
-        for parameter in parameters:
-            stop = start + parameter.numel()
-            parameter.grad = self.flat[start:stop].view_as(parameter)
-            start = stop
-
-    def clip(self, longest: float) -> Tensor:
-        """Scale the gradients down to a norm of at most `longest`; return the norm before.
-
-        The norm stays on its device. Where it is not finite the gradients are spoilt, and the
-        optimizer must not see them.
-        """
-        norm: Tensor = torch.linalg.vector_norm(self.flat)
-        self.flat.mul_((longest / (norm + 1e-6)).clamp(max=1.0))
-        return norm
-
-    def zero(self) -> None:
-        """Forget the gradients and the loss of the step."""
-        self.buffer.zero_()
-
-    def watch(self) -> "Watch":
-        """Begin to note which parameters the backward passes of one step reach."""
-        return Watch(self.named)
-
-
-class Watch:
-    """Notes which parameters received a gradient, to be asked once after the first step."""
-
-    def __init__(self, named: Mapping[str, nn.Parameter]) -> None:
-        self._missing = dict.fromkeys(named)
-        self._hooks = [
-            parameter.register_post_accumulate_grad_hook(partial(self._reached, name))  # type: ignore[no-untyped-call]
-            for name, parameter in named.items()
-        ]
-
-    def finish(self) -> None:
-        """Stop watching.
-
-        Raises:
-            RunFailed: when a parameter took no part in the loss.
-        """
-        for hook in self._hooks:
-            hook.remove()
-        if self._missing:
-            first = next(iter(self._missing))
-            raise RunFailed(
-                "run.no-gradient",
-                f"{len(self._missing)} adapter tensors got no gradient in the first step, "
-                f"the first is {first}",
-                help="the loss does not depend on them: adapt other modules, or report this",
+    name = section.optimizer
+    notices = []
+    if device.type == "cpu" and name in UNPAGED:
+        message = f"train.optimizer: {name} moves states from a GPU to the host; here is no GPU"
+        if section.strict_optimizer:
+            raise EnvironmentLacks(
+                "env.missing-device",
+                message,
+                help=f"set train.optimizer: {UNPAGED[name]}, or train.strict_optimizer: false",
             )
+        name = UNPAGED[name]
+        notices = [Notice("run.optimizer", f"{message}; {name} takes its place")]
+    if name in BITSANDBYTES and find_spec("bitsandbytes") is None:
+        raise _lacks(name, "is not installed")
+    return name, notices
 
-    def _reached(self, name: str, _: Tensor) -> None:
-        self._missing.pop(name, None)
 
-
-def build(section: Train, groups: Sequence[Mapping[str, Any]]) -> torch.optim.Optimizer:
-    """Make the optimizer; a group is `{"params": […]}` and may carry its own `lr`.
+def build(
+    section: Train, groups: Sequence[Mapping[str, Any]], name: Optimizer, free_bytes: int
+) -> torch.optim.Optimizer:
+    """Make an optimizer; a group is `{"params": […]}` and may carry its own `lr`.
 
     Tensors of one dimension, biases and norms, get no weight decay.
+
+    Args:
+        section: the rates.
+        groups: of parameters.
+        name: what `resolve` returned.
+        free_bytes: of the device, which states must not outgrow: paged memory beyond that can
+            bring a GPU to a stop.
+
+    Raises:
+        RunFailed: `run.out-of-memory` when the states are larger than what is free.
+        EnvironmentLacks: when bitsandbytes cannot be used.
     """
     split = []
     for group in groups:
@@ -96,10 +84,46 @@ def build(section: Train, groups: Sequence[Mapping[str, Any]]) -> torch.optim.Op
             if members:
                 decay = section.weight_decay if decays else 0.0
                 split.append({"weight_decay": decay, **group, "params": members})
-    optimizer = torch.optim.AdamW(split, lr=section.learning_rate, fused=True)
+    needed = sum(state_bytes(tuple(p.shape), name) for group in split for p in group["params"])
+    if needed > free_bytes:
+        raise RunFailed(
+            "run.out-of-memory",
+            f"the states of {name} take {needed / GIB:.1f} GiB, {free_bytes / GIB:.1f} are free",
+            help="set train.optimizer: adamw_8bit, or lower adapter.rank",
+        )
+    optimizer = _made(name, split, section.learning_rate)
     for made in optimizer.param_groups:
         made["highest_lr"] = made["lr"]
     return optimizer
+
+
+def _made(name: Optimizer, split: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+    match name:
+        case "adamw":
+            return torch.optim.AdamW(split, lr=lr, fused=True)
+        case "sgd":
+            return torch.optim.SGD(split, lr=lr, fused=True)
+        case "adafactor":
+            return torch.optim.Adafactor(split, lr=lr, eps=ADAFACTOR_EPS)
+    made: torch.optim.Optimizer = getattr(_library(name), BITSANDBYTES[name])(split, lr=lr)
+    return made
+
+
+def _library(name: Optimizer) -> Any:
+    """Return bitsandbytes' optimizers; importing them takes seconds, which others need not pay."""
+    try:
+        from bitsandbytes import optim
+    except ImportError as error:
+        raise _lacks(name, f"cannot be imported ({error})") from error
+    return optim
+
+
+def _lacks(name: Optimizer, what: str) -> EnvironmentLacks:
+    return EnvironmentLacks(
+        "env.missing-package",
+        f"train.optimizer: {name} needs bitsandbytes, which {what}",
+        help='pip install "bitsandbytes>=0.50", or set train.optimizer: adamw',
+    )
 
 
 def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
@@ -136,14 +160,31 @@ def warmup_steps(section: Train, steps: int) -> int:
     return round(section.warmup * steps) if section.warmup < 1 else int(section.warmup)
 
 
+def take_step(optimizer: torch.optim.Optimizer, spoilt: Tensor) -> None:
+    """Take a step; where the flag `spoilt` is 1 change nothing.
+
+    The fused kernels read the flag on its device, so the host need not wait for it. For the others
+    it waits, as bitsandbytes itself does after each tensor.
+    """
+    if optimizer.defaults.get("fused"):
+        optimizer.found_inf = spoilt  # type: ignore[attr-defined]  # torch's own contract
+        optimizer.step()
+    elif not spoilt:
+        optimizer.step()
+
+
 def state_tensors(
     optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]
 ) -> dict[str, Tensor]:
-    """Return the optimizer's state as plain tensors named `moment/parameter`."""
+    """Return the optimizer's state as plain tensors named `moment/parameter`.
+
+    bitsandbytes' tables of the values that 8 bits mean are the same everywhere, and stay out.
+    """
     return {
-        f"{key}/{names[parameter]}": value
+        f"{key}/{names[parameter]}": torch.as_tensor(value)
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
+        if not key.startswith("qmap")
     }
 
 
@@ -152,7 +193,7 @@ def load_state_tensors(
     named: Mapping[str, nn.Parameter],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Put back what `state_tensors` returned; the step counts stay where the optimizer keeps them.
+    """Put back what `state_tensors` returned, into the kind of memory that the optimizer takes.
 
     Raises:
         RunFailed: when the tensors are not those of these parameters.
@@ -164,24 +205,28 @@ def load_state_tensors(
     if states and set(states) != set(named):
         odd = sorted(set(states) ^ set(named))
         raise RunFailed("checkpoint.damaged", f"the optimizer's state does not fit: {odd[0]}")
+    if states and hasattr(optimizer, "init_state"):
+        _load_bitsandbytes(optimizer, {named[name]: state for name, state in states.items()})
+        return
     for name, state in states.items():
         parameter = named[name]
         optimizer.state[parameter] = {
+            # Step counts are where the kernels want them: only the fused ones on the device.
             moment: value.to(parameter.device)
-            if value.ndim or optimizer.defaults["fused"]
+            if value.ndim or optimizer.defaults.get("fused")
             else value
             for moment, value in state.items()
         }
 
 
-def finite_gate(optimizer: torch.optim.Optimizer, spoilt: Tensor) -> None:
-    """Make the next `optimizer.step` do nothing where the flag `spoilt` is 1.
-
-    The fused kernels read the flag on its device, so the host need not wait for it.
-    """
-    optimizer.found_inf = spoilt  # type: ignore[attr-defined]  # torch's own contract with GradScaler
-
-
-def count(parameters: Iterable[nn.Parameter]) -> int:
-    """Return the number of values in these parameters."""
-    return sum(parameter.numel() for parameter in parameters)
+def _load_bitsandbytes(optimizer: Any, states: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
+    """Let the optimizer make its states, paged ones as pages, and copy the values into them."""
+    for number, group in enumerate(optimizer.param_groups):
+        for place, parameter in enumerate(group["params"]):
+            optimizer.init_state(group, parameter, number, place)
+            made = optimizer.state[parameter]
+            for moment, value in states[parameter].items():
+                if isinstance(made[moment], Tensor):
+                    made[moment].copy_(value)
+                else:
+                    made[moment] = int(value)

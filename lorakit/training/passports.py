@@ -11,23 +11,27 @@ from lorakit.recipe.sections import Recipe
 from lorakit.runtime import Runtime
 from lorakit.storage.hashing import sha256_json
 from lorakit.storage.redact import without_folders
+from lorakit.training import optim
 from lorakit.training.checkpoint import State
 from lorakit.training.plan import Plan
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
 # Keys that change neither the mathematics nor the order of the data.
 HARMLESS_SECTIONS = ("output_dir", "merge", "eval")
-HARMLESS_KEYS = ("log_every", "save_every", "keep_checkpoints")
+HARMLESS_KEYS = ("log_every", "save_every", "keep_checkpoints", "strict_optimizer")
 
 
-def versions() -> dict[str, str]:
-    """Return the versions that a result may depend on."""
-    return {"lorakit": __version__, "python": platform.python_version(), **_packages()}
+def versions(plan: Plan | None = None) -> dict[str, str]:
+    """Return the versions that a result may depend on: of bitsandbytes where a plan uses it."""
+    uses = plan and (plan.quantization or plan.setup.optimizer in optim.BITSANDBYTES)
+    packages = (*PACKAGES, "bitsandbytes") if uses else PACKAGES
+    found = {name: _version(name) for name in packages}
+    return {"lorakit": __version__, "python": platform.python_version(), **found}
 
 
 @cache  # each is searched for on the disk, and every checkpoint says them
-def _packages() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in PACKAGES}
+def _version(package: str) -> str:
+    return importlib.metadata.version(package)
 
 
 def of_run(plan: Plan, state: State) -> dict[str, Any]:
@@ -44,7 +48,7 @@ def of_run(plan: Plan, state: State) -> dict[str, Any]:
         **Quantization.record(plan.quantization),
         "dtype": str(plan.dtype).removeprefix("torch."),
         "seed": plan.recipe.seed,
-        "versions": versions(),
+        "versions": versions(plan),
         "steps": state.step,
         "trained_tokens": state.trained_tokens,
         "resumed_inexactly": state.inexact,
@@ -71,7 +75,7 @@ def pinned(plan: Plan, runtime: Runtime) -> dict[str, Any]:
         "dtype": str(plan.dtype).removeprefix("torch."),
         "device": runtime.describe(),
         "processes": runtime.processes,
-        **versions(),
+        **versions(plan),
     }
 
 

@@ -26,6 +26,7 @@ from lorakit.model.sites import Site, find_sites, uneven
 from lorakit.recipe.rules import unusual
 from lorakit.recipe.sections import Recipe
 from lorakit.runtime import Runtime, resolve_dtype
+from lorakit.training import optim
 from lorakit.training.fitting import settle
 from lorakit.training.memory import Memory, Setup, Shape, estimate
 from lorakit.training.trace import Trace, plain_trace, trace
@@ -120,12 +121,13 @@ def make(
     skeleton = base_models.skeleton(base, recipe.task, dtype)
     method, sites, coverage = choose(recipe, skeleton)
     base_models.check_attention(recipe.model.attention)
+    optimizer, replaced = optim.resolve(recipe.train, runtime.device)
     tokenizer = base_models.load_tokenizer(base)
     with runtime.main_first():
         dataset = data or prepare_data(recipe, base, tokenizer, permissions)
     # What is saved beside the adapter is the template that its rows were rendered with.
     tokenizer.chat_template = dataset.chat_template
-    notices = [*base.notices, *unusual(recipe), *coverage, *dataset.notices]
+    notices = [*base.notices, *unusual(recipe), *coverage, *dataset.notices, *replaced]
     if how := base.stored or Quantization.of(recipe.model):
         notices += notices_of(skeleton, how, runtime.device)
     linears = [(site.outputs, site.inputs) for site in quantizable(skeleton)]
@@ -152,7 +154,7 @@ def make(
         steps.micro_batch_tokens,
         share=steps.trained_share,
         quantization=how,
-        optimizer=recipe.train.optimizer,
+        optimizer=optimizer,
         gpu=runtime.lags,
     )
     steps, setup = settle(shape, setup, steps, free, recipe.train.gradient_checkpointing)

@@ -19,6 +19,7 @@ from lorakit.runtime import Runtime, make_deterministic
 from lorakit.training import checkpoint, optim, passports
 from lorakit.training.checkpoint import State
 from lorakit.training.folder import RunFolder
+from lorakit.training.gradients import Gradients
 from lorakit.training.plan import Plan
 from lorakit.training.progress import Reporter
 
@@ -65,7 +66,7 @@ class Run:
     model: PreTrainedModel
     method: Method
     named: dict[str, nn.Parameter]
-    gradients: optim.Gradients
+    gradients: Gradients
     optimizer: torch.optim.Optimizer
     state: State = field(default_factory=State)
     scale: Tensor = field(default_factory=lambda: torch.ones(()))
@@ -97,8 +98,9 @@ def prepare(plan: Plan, runtime: Runtime, folder: RunFolder, reporter: Reporter,
     checkpoint_layers(model, plan.setup.recomputed)
     adapters.set_training(model, True)
     named = adapters.trainable(model)
-    optimizer = optim.build(settings, method.param_groups(model, settings.learning_rate))
-    gradients = optim.Gradients(named)
+    groups = method.param_groups(model, settings.learning_rate)
+    optimizer = optim.build(settings, groups, plan.setup.optimizer, runtime.free_bytes())
+    gradients = Gradients(named)
     run = Run(plan, runtime, folder, reporter, stop, model, method, named, gradients, optimizer)
     run.scale = torch.tensor(
         FP16_SCALE if plan.dtype is torch.float16 else 1.0, device=runtime.device

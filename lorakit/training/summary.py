@@ -21,6 +21,7 @@ def facts(plan: Plan) -> dict[str, Any]:
         "total": plan.shape.parameters,
         "dtype": str(plan.dtype).removeprefix("torch."),
         "quantization": str(plan.quantization or "none"),
+        "optimizer": plan.setup.optimizer,
         "micro_batch_tokens": plan.steps.micro_batch_tokens,
         "recomputed_layers": plan.setup.recomputed,
         "rows": len(plan.dataset.train),
@@ -78,8 +79,8 @@ def _steps(plan: Plan) -> str:
     warm = warmup_steps(train, plan.steps.total)
     return (
         f"{plan.steps.total} ({plan.steps.per_epoch} an epoch x {train.epochs:g}{stop}), "
-        f"batch {train.batch_size}, {train.schedule} {train.learning_rate:g} "
-        f"after {warm} warm-up"
+        f"batch {train.batch_size}, {plan.setup.optimizer}, "
+        f"{train.schedule} {train.learning_rate:g} after {warm} warm-up"
     )
 
 

@@ -109,3 +109,16 @@ def test_a_4_bit_base_is_planned_and_needs_bitsandbytes(
         assert "model.quantization: bitsandbytes" in error["message"]
         assert "pip install" in error["hint"]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_paged_optimizer_without_a_gpu_is_told_or_refused(recipe: str) -> None:
+    paged = ["-s", "train.optimizer=paged_adamw_8bit"]
+    ended = runner.invoke(app, ["plan", recipe, *paged])
+    assert ended.exit_code == 0, ended.stderr
+    assert "adamw_8bit, cosine" in ended.stdout
+    assert "adamw_8bit takes its place" in " ".join(ended.stderr.split())
+    ended = runner.invoke(
+        app, ["plan", recipe, *paged, "-s", "train.strict_optimizer=true", "--json"]
+    )
+    assert ended.exit_code == 4
+    assert json.loads(ended.stdout)["error"]["id"] == "env.missing-device"

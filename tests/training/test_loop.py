@@ -168,6 +168,21 @@ def test_a_resumed_run_ends_bit_equal_to_an_uninterrupted_one(
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "lion_8bit", "sgd", "adafactor"])
+def test_every_optimizer_resumes_bit_equal(folder: Path, tmp_path: Path, optimizer: str) -> None:
+    # The copy of the embedding is large enough for states in 8 bits.
+    settings = {
+        "optimizer": optimizer,
+        "adapter": {"rank": 4, "modules_to_save": ["embed_tokens"]},
+        "learning_rate": 1e-3,
+    }
+    _, _, whole = carry_out(folder, tmp_path / "whole", **settings)
+    with pytest.raises(Interrupted, match="step 2"):
+        carry_out(folder, tmp_path / "cut", stop_after=2, **settings)
+    _, _, resumed = carry_out(folder, tmp_path / "cut", "resume", **settings)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
 def test_on_a_4_bit_base_it_resumes_and_remembers_the_original(
     folder: Path, tmp_path: Path
 ) -> None:
