@@ -14,8 +14,9 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from lorakit.data.confined import ConfinedTemplate
 from lorakit.data.formats import Conversation, Message
-from lorakit.data.sandbox import MAX_SOURCE, Template
+from lorakit.data.sandbox import MAX_SOURCE
 from lorakit.errors import BadInput, one_of
 from lorakit.storage.disk import storage_errors
 from lorakit.storage.paths import open_regular
@@ -144,7 +145,7 @@ class Renderer:
         if source is not None and chat_template in TEMPLATES and self.special.bos:
             source = "{{ bos_token }}" + source
         variables = tokenizer.special_tokens_map
-        self.template = None if source is None else Template(source, variables)
+        self.template = None if source is None else ConfinedTemplate(source, variables)
 
     def render(self, conversation: Conversation) -> Rendered:
         """Return the pieces of a conversation, through its last answer.
@@ -185,7 +186,7 @@ class Renderer:
         start = Piece(bos + texts[0], trained and self._train_on == "all")
         return Rendered((start, end), 1, last.content, spelled)
 
-    def _chat(self, messages: Sequence[Message], template: Template) -> Rendered:
+    def _chat(self, messages: Sequence[Message], template: ConfinedTemplate) -> Rendered:
         if self._system is not None and all(message.role != "system" for message in messages):
             messages = (Message("system", self._system), *messages)
         answers = [k for k, message in enumerate(messages) if message.role == "assistant"]
@@ -215,7 +216,7 @@ class Renderer:
         self,
         turns: Sequence[Mapping[str, str]],
         whole: str,
-        template: Template,
+        template: ConfinedTemplate,
         *,
         generation: bool = False,
     ) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.adapters import Saved, read
-from lorakit.data.sandbox import Template
+from lorakit.data.confined import ConfinedTemplate
 from lorakit.errors import BadInput
 from lorakit.storage import strict_json
 from lorakit.storage.publish import publish_file
@@ -137,7 +137,7 @@ def _prompt_format(folder: Path, system: str | None) -> Iterable[str]:
         messages.insert(0, {"role": "system", "content": system})
     special = {key: text for key in ("bos_token", "eos_token") if (text := settings.get(key))}
     try:
-        yield f"````\n{Template(source, special).render(messages, generation=True)}\n````"
+        yield f"````\n{ConfinedTemplate(source, special).render(messages, generation=True)}\n````"
     except BadInput:
         yield "what `apply_chat_template` makes of it."
 

@@ -99,7 +99,7 @@ def _failure(trial: Trial, subject: Subject, case: int, place: Path) -> str | No
         _say(f"{trial.id} case {case} failed:\n{text}")
         return text
     finally:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
     return None
 
 

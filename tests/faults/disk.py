@@ -109,7 +109,7 @@ def fills_up(subject: Subject, options: str, folder: Path) -> None:
 
 
 def small_files(subject: Subject, case: int, folder: Path) -> None:
-    limit = 256 * case
+    limit = 4096 + 256 * case  # what the child prints is a file as well
 
     def action() -> int:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

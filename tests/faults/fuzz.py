@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from lorakit import adapters
-from lorakit.data.sandbox import Template
+from lorakit.data.confined import ConfinedTemplate
 from lorakit.errors import LorakitError
 from lorakit.recipe.reader import read
 from lorakit.storage import strict_json
@@ -208,7 +208,8 @@ def templates(subject: Subject, case: int, folder: Path) -> None:
     rng = chance("k5", case)
     source = "".join(rng.choices(TEMPLATE_PARTS, k=rng.randint(1, 8)))
     message = {"role": "user", "content": "a" * 40}
-    quickly(lambda: Template(source, {"bos_token": "<s>"}).render([message] * 3, generation=True))
+    variables = {"bos_token": "<s>"}
+    quickly(lambda: ConfinedTemplate(source, variables).render([message] * 3, generation=True))
 
 
 def states(subject: Subject, case: int, folder: Path) -> None:

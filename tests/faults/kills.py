@@ -119,7 +119,7 @@ def power_lost(subject: Subject, case: int, folder: Path) -> None:
 def saved_bytes(recording: Recording) -> dict[int, set[bytes]]:
     """Return what an undisturbed run writes as the optimizer's state, by step."""
     found: dict[int, set[bytes]] = {}
-    for path, content in recording.contents.items():
+    for path, content in recording.written.items():
         if match := re.search(r"\.tmp-step-0*(\d+)-.*/optimizer.safetensors", path):
             found.setdefault(int(match[1]), set()).add(content)
     for path in recording.before.glob("run/checkpoints/step-*/optimizer.safetensors"):

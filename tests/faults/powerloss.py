@@ -5,10 +5,13 @@ folder was synced after the change. All else may or may not have come to the dis
 (Pillai et al. 2014, "All File Systems Are Not Created Equal", section 2); a rename is one change.
 """
 
+import itertools
 import os
 import random
 import shutil
-from collections.abc import Callable, Mapping
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,31 +23,50 @@ Action = Callable[[], int | None]
 
 @dataclass(frozen=True)
 class Recording:
-    """A folder as it was before an action, each change the action made, and the bytes it wrote."""
+    """A folder as it was before an action, each change the action made, and the bytes it wrote.
+
+    `written` holds the bytes of each file as it was renamed, alone or in a folder; `synced` the
+    bytes at each sync of a file.
+    """
 
     before: Path
     below: Path
     calls: list[Call]
-    contents: Mapping[str, bytes]
+    written: Mapping[str, bytes]
+    synced: Mapping[str, list[bytes]]
 
     def state(self, rng: random.Random, target: Path) -> int:
         """Build in `target` one state that a failure may leave; return the changes before it."""
         length = rng.randint(0, len(self.calls))
         often = rng.choice((0.1, 0.5, 0.9))
         shutil.copytree(self.before, target, symlinks=True)
-        made: dict[str, bool] = {}
+        syncs: Counter[str] = Counter()
         for at, call in enumerate(self.calls[:length]):
-            later = self.calls[at + 1 : length]
             paths = [Path(path) for path in call.paths]
-            lost = not _synced(paths[-1].parent, later) and rng.random() < often
             here = [target / path.relative_to(self.below) for path in paths]
-            if call.name.startswith("open") and call.paths[0] not in made:
-                made[call.paths[0]] = True
-                if not lost and here[0].parent.is_dir():
-                    here[0].write_bytes(self._bytes(paths[0], here[0], later, rng))
-            elif not lost:
-                _change(call.name, here)
+            if call.name == "fsync":
+                self._settle(call.paths[0], syncs[call.paths[0]], here[0])
+                syncs[call.paths[0]] += 1
+                continue
+            later = self.calls[at + 1 : length]
+            if not _is_synced(paths[-1].parent, later) and rng.random() < often:
+                continue
+            if call.name.startswith("open") and here[0].parent.is_dir() and not here[0].exists():
+                here[0].write_bytes(self._unsynced(call.paths[0], rng))
+            _change(call.name, here)
         return length
+
+    def _settle(self, path: str, number: int, here: Path) -> None:
+        """Give a file, where it is there, the bytes that it had when it was synced."""
+        versions = self.synced.get(path, [])
+        if here.is_file() and number < len(versions):
+            here.write_bytes(versions[number])
+
+    def _unsynced(self, path: str, rng: random.Random) -> bytes:
+        """Return what a file may hold that was never synced."""
+        whole = self.written.get(path) or next(iter(self.synced.get(path, [])), b"")
+        kept = min(4096, len(whole) // 2)
+        return rng.choice((b"", whole[:kept], bytes(len(whole)), whole))
 
     def returned(self, length: int, name: str) -> bool:
         """Tell whether what stands at `name` was published for good before so many changes."""
@@ -60,56 +82,56 @@ class Recording:
                 synced = True
         return put and synced
 
-    def _bytes(self, path: Path, here: Path, later: list[Call], rng: random.Random) -> bytes:
-        """Return what a file holds: its bytes where they were synced, else what chance leaves."""
-        whole = self.contents.get(str(path), b"")
-        if _synced(path, later):
-            return whole
-        kept = min(4096, len(whole) // 2)
-        return rng.choice((b"", whole[:kept], bytes(len(whole)), whole))
-
 
 def record(action: Action, below: Path, before: Path) -> Recording:
     """Carry out an action that works below a folder; note what it changes and what it writes."""
     shutil.copytree(below, before, symlinks=True)
     kept = before.with_name(f"{before.name}.bytes")
-    kept.mkdir()
+    for name in ("renamed", "synced"):
+        (kept / name).mkdir(parents=True)
     calls = listed(lambda: _keeping(action, kept), below, kept / "trace")
-    contents = {
-        (kept / f"{number}.path").read_text(): (kept / f"{number}").read_bytes()
-        for number in range(len(list(kept.glob("*.path"))))
-    }
-    return Recording(before, below, calls, contents)
+    synced: dict[str, list[bytes]] = {}
+    for path, content in _kept(kept / "synced"):
+        synced.setdefault(path, []).append(content)
+    return Recording(before, below, calls, dict(_kept(kept / "renamed")), synced)
 
 
 def _keeping(action: Action, kept: Path) -> int | None:
-    """Carry out an action; keep the bytes of each file as it is renamed, alone or in a folder."""
-    real = os.rename
-    count = 0
+    """Carry out an action; keep the bytes of each file as it is synced or renamed."""
+    rename, fsync = os.rename, os.fsync
+    numbers = itertools.count()
 
-    def rename(source: Any, target: Any) -> None:
-        nonlocal count
+    def keep(path: Path, kind: str) -> None:
+        number = next(numbers)
+        shutil.copyfile(path, kept / kind / f"{number:06d}")
+        (kept / kind / f"{number:06d}.path").write_text(str(path))
+
+    def keeping_rename(source: Any, target: Any) -> None:
         source = Path(source)
         for path in [source] if source.is_file() else sorted(source.rglob("*")):
             if path.is_file():
-                shutil.copyfile(path, kept / str(count))
-                (kept / f"{count}.path").write_text(str(path))
-                count += 1
-        real(source, target)
+                keep(path, "renamed")
+        rename(source, target)
 
-    os.rename = rename
+    def keeping_fsync(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        # The trace is that of the main thread.
+        if path.is_file() and threading.current_thread() is threading.main_thread():
+            keep(path, "synced")
+        fsync(descriptor)
+
+    os.rename, os.fsync = keeping_rename, keeping_fsync
     return action()
 
 
-def _synced(path: Path, calls: list[Call]) -> bool:
-    """Tell whether a file or folder is synced among these calls, after the last write to it."""
-    for call in reversed(calls):
-        if call.paths[0] == str(path):
-            if call.name in ("fsync", "fdatasync"):
-                return True
-            if "write" in call.name or call.name == "ftruncate":
-                return False
-    return False
+def _kept(folder: Path) -> Iterator[tuple[str, bytes]]:
+    for path in sorted(folder.glob("*.path")):
+        yield path.read_text(), path.with_suffix("").read_bytes()
+
+
+def _is_synced(folder: Path, calls: list[Call]) -> bool:
+    """Tell whether a folder is synced among these calls."""
+    return any(call.name == "fsync" and call.paths[0] == str(folder) for call in calls)
 
 
 def _change(name: str, here: list[Path]) -> None:

@@ -1,0 +1,148 @@
+"""A stranger's template runs in a process of its own, which is ended when it takes too much.
+
+The sandbox bounds what one operation makes; loops, doublings and filters go beyond any such bound
+in time, and code in C cannot be interrupted. So every template shares one child with limits of the
+kernel: processor time a call, and address space.
+"""
+
+import atexit
+import json
+import os
+import resource
+import select
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from lorakit.data.sandbox import Template
+from lorakit.errors import BadInput
+
+SECONDS = 2  # of processor time, to compile a template or to render one conversation
+PATIENCE = 60  # seconds by the clock, for a machine that is busy
+MEMORY = 1 << 30  # bytes
+
+_SERVE = "from lorakit.data.confined import serve; serve()"
+_READY = b"ready\n"
+
+
+class ConfinedTemplate:
+    """A chat template that cannot take more time or memory than it is given."""
+
+    def __init__(self, source: str, variables: Mapping[str, Any]) -> None:
+        """Compile.
+
+        Args:
+            source: the template's text.
+            variables: what it sees beside the messages: special tokens by name.
+
+        Raises:
+            BadInput: as `Template` does, and `template.limit` when it takes too much.
+        """
+        self.source, self._variables = source, dict(variables)
+        self._worker, self._number = self._compiled()
+
+    def render(self, messages: Sequence[Mapping[str, str]], *, generation: bool) -> str:
+        """Return the text of the messages; with `generation`, up to where an answer would begin.
+
+        Raises:
+            BadInput: as `Template.render` does, and `template.limit` when it takes too much.
+        """
+        if self._worker is not _workers.get(os.getpid()):  # it was ended, or this is a fork
+            self._worker, self._number = self._compiled()
+        request = {"number": self._number, "messages": messages, "generation": generation}
+        return str(self._worker.ask(request))
+
+    def _compiled(self) -> tuple["_Worker", int]:
+        worker = _workers.get(os.getpid()) or _Worker()
+        number = worker.ask({"source": self.source, "variables": self._variables})
+        return worker, int(number)
+
+
+class _Worker:
+    """The child of this process that runs templates."""
+
+    def __init__(self) -> None:
+        ours, theirs = (os.pipe() for _ in range(2))
+        self._process = subprocess.Popen(
+            # It finds modules where this process does.
+            [sys.executable, "-P", "-c", f"import sys; sys.path[:] = {sys.path}; {_SERVE}"],
+            stdin=theirs[0],
+            stdout=ours[1],
+            stderr=subprocess.DEVNULL,
+            process_group=0,  # a terminal's Ctrl-C is for the parent, which then ends the child
+        )
+        for descriptor in (theirs[0], ours[1]):
+            os.close(descriptor)
+        self._asking, self._answering = os.fdopen(theirs[1], "wb"), os.fdopen(ours[0], "rb")
+        atexit.register(self.close)
+        _workers[os.getpid()] = self
+        if self._read() != _READY:
+            raise RuntimeError("the process for templates did not start")
+
+    def ask(self, request: Mapping[str, Any]) -> Any:
+        """Return what the child answers.
+
+        Raises:
+            BadInput: what the child raised; `template.limit` when it was ended.
+        """
+        answer = b""
+        with suppress(BrokenPipeError):
+            self._asking.write(json.dumps(request).encode() + b"\n")
+            self._asking.flush()
+            answer = self._read()
+        if not answer.endswith(b"\n"):
+            self.close()
+            message = f"it takes more than {SECONDS} seconds, or more than {MEMORY >> 20} MiB"
+            raise BadInput("template.limit", f"the chat template goes beyond a limit: {message}")
+        found = json.loads(answer)
+        if "id" in found:
+            raise BadInput(found["id"], found["message"])
+        return found["answer"]
+
+    def _read(self) -> bytes:
+        """Read a line; what is there, or nothing, when the child ends or takes too long."""
+        ready, _, _ = select.select([self._answering], [], [], PATIENCE)
+        return self._answering.readline() if ready else b""
+
+    def close(self) -> None:
+        """End the child; the next template starts another."""
+        if _workers.get(os.getpid()) is self:
+            del _workers[os.getpid()]
+            self._process.kill()
+            self._process.wait()
+            with suppress(BrokenPipeError):
+                self._asking.close()
+            self._answering.close()
+        atexit.unregister(self.close)
+
+
+_workers: dict[int, _Worker] = {}  # by process: a fork must not talk to its parent's
+
+
+def serve() -> None:
+    """Answer requests on stdin until it ends: what the child does."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    sys.stdout.buffer.write(_READY)
+    sys.stdout.flush()
+    templates: list[Template] = []
+    for line in sys.stdin.buffer:
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        # Whole seconds: the one that has begun does not count.
+        limit = int(used.ru_utime + used.ru_stime) + 1 + SECONDS
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
+        answer = _answer(json.loads(line), templates)
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+def _answer(request: Mapping[str, Any], templates: list[Template]) -> dict[str, Any]:
+    try:
+        if "source" in request:
+            templates.append(Template(request["source"], request["variables"]))
+            return {"answer": len(templates) - 1}
+        template = templates[request["number"]]
+        return {"answer": template.render(request["messages"], generation=request["generation"])}
+    except BadInput as error:
+        return {"id": error.id, "message": error.message}
