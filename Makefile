@@ -15,7 +15,7 @@ RUN := runs/quickstart
 export OFFLINE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install model quickstart check test bench generate clean
+.PHONY: help install model quickstart check test faults bench generate clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 12
@@ -58,6 +58,9 @@ check: install  ## formatting, lint, types, architecture, freshness of generated
 
 test: model check  ## check, then the whole suite; fails without the model unless OFFLINE=1
 	$(BIN)/python -m pytest
+
+faults: install  ## try every fault in full; a stopped run goes on; writes tests/faults/README.md
+	$(BIN)/python -m tests.faults
 
 bench: model  ## measure start-up and the training loop; speed is never a test
 	$(BIN)/python scripts/bench/run.py

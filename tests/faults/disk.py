@@ -1,5 +1,6 @@
 """The disk refuses: full, broken, too small a file, no more files, read only, somebody else's."""
 
+import itertools
 import os
 import re
 import resource
@@ -28,13 +29,10 @@ NOBODY = 65534
 
 @cache
 def every_write(subject: Subject) -> list[tuple[Scenario, Call, str]]:
-    """Return each call that a disk may refuse, with each of the errors it may give."""
-    return [
-        (scenario, call, error)
-        for scenario, call in every_call(subject)
-        if REFUSED.fullmatch(call.name)
-        for error in ERRORS
-    ]
+    """Return each call that a disk may refuse, with one of the errors it may give in turn."""
+    calls = [(one, call) for one, call in every_call(subject) if REFUSED.fullmatch(call.name)]
+    errors = itertools.cycle(ERRORS)
+    return [(scenario, call, error) for (scenario, call), error in zip(calls, errors, strict=False)]
 
 
 def refused(subject: Subject, case: int, folder: Path) -> None:
@@ -83,7 +81,7 @@ def small_disk(options: str) -> Iterator[Path]:
 
 
 def full(subject: Subject, case: int, folder: Path) -> None:
-    size = 40 + 16 * case  # KiB: from a fraction of a checkpoint to more than the run needs
+    size = 40 + 8 * case  # KiB: from a fraction of a checkpoint to more than the run needs
     fills_up(subject, f"size={size}k", folder)
 
 
@@ -184,7 +182,7 @@ def given(folder: Path) -> None:
 
 
 TRIALS = [
-    Trial("b1", "a full disk, of 100 sizes", 100, 3, full),
+    Trial("b1", "a full disk, of many sizes", 60, 3, full),
     Trial(
         "b2",
         "ENOSPC, EDQUOT, EIO, EFBIG at each open, write, sync, rename",
@@ -192,8 +190,8 @@ TRIALS = [
         10,
         refused,
     ),
-    Trial("b3", "EFBIG: a limit on the size of files", 50, 2, small_files),
-    Trial("b4", "no more files on the disk", 20, 2, no_more_files),
-    Trial("h1", "folders that are read only or somebody else's", 30, 5, of_somebody_else),
-    Trial("h2", "inputs that are read only and somebody else's", 20, 1, inputs_read_only),
+    Trial("b3", "EFBIG: a limit on the size of files", 25, 2, small_files),
+    Trial("b4", "no more files on the disk", 12, 2, no_more_files),
+    Trial("h1", "folders that are read only or somebody else's", 20, 5, of_somebody_else),
+    Trial("h2", "inputs that are read only and somebody else's", 10, 1, inputs_read_only),
 ]

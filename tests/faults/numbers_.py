@@ -121,6 +121,6 @@ def jumping(action: Callable[[], int], rng: random.Random) -> Callable[[], int]:
 
 
 TRIALS = [
-    Trial("e1", "NaN, Inf, 1e38 in a loss, gradient, moment, weight", 300, 16, not_finite),
-    Trial("i1", "clocks and file times that jump by decades", 50, 3, clocks),
+    Trial("e1", "NaN, Inf, 1e38 in a loss, gradient, moment, weight", 160, 16, not_finite),
+    Trial("i1", "clocks and file times that jump by decades", 30, 3, clocks),
 ]

@@ -16,6 +16,7 @@ from lorakit.training import checkpoint, loop
 from tests.faults.forked import run
 from tests.faults.powerloss import Recording, record
 from tests.faults.subject import Subject, copied, result
+from tests.faults.syscalls import Call, listed
 
 SHARDS = "40KB"  # makes three files of the tiny model
 
@@ -34,8 +35,12 @@ class Scenario:
     done: Callable[[Path], None]
     least_step: int = 0
 
+    def calls(self, subject: Subject) -> list[Call]:
+        """Return the changes that it makes to the disk without a fault."""
+        return _listed(self, subject)
+
     def recording(self, subject: Subject) -> Recording:
-        """Return what a run of it without a fault does to the disk."""
+        """Return those changes with the bytes that were written."""
         return _recorded(self, subject)
 
 
@@ -133,10 +138,20 @@ def resumable(folder: Path, least: int, written: dict[int, set[bytes]]) -> None:
 
 
 @cache
+def _listed(scenario: Scenario, subject: Subject) -> list[Call]:
+    place = _place(scenario, subject, "listed")
+    return listed(scenario.action(place), place, place.with_suffix(".trace"))
+
+
+@cache
 def _recorded(scenario: Scenario, subject: Subject) -> Recording:
+    place = _place(scenario, subject, "recorded")
+    return record(scenario.action(place), place, place.with_suffix(".before"))
+
+
+def _place(scenario: Scenario, subject: Subject, use: str) -> Path:
     subject.whole  # noqa: B018  # made first: it warms this process up
-    place = subject.folder / "recorded" / scenario.name.replace(" ", "-")
-    below = place / "below"
-    below.mkdir(parents=True)
-    scenario.prepare(below)
-    return record(scenario.action(below), below, place / "before")
+    place = subject.folder / use / scenario.name.replace(" ", "-")
+    place.mkdir(parents=True)
+    scenario.prepare(place)
+    return place

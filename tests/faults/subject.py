@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers.utils.logging import disable_progress_bar
 
 from lorakit import adapters
 from lorakit.cli import running
 from lorakit.cli.app import main
 from lorakit.recipe.reader import read
 from lorakit.runtime import start
-from lorakit.storage.publish import is_aside
+from lorakit.storage.publish import is_aside, publish_file
 from lorakit.training.plan import Permissions, Plan, make
 from tests.faults.forked import run
 from tests.tiny import write_tiny_model
@@ -28,7 +29,7 @@ from tests.tiny import write_tiny_model
 STEPS = 4
 RECIPE = {
     "model": {"path": "model", "dtype": "fp32"},
-    "adapter": {"rank": 4, "dropout": 0.1, "target_modules": ["q_proj", "v_proj"]},
+    "adapter": {"rank": 4, "dropout": 0.1, "target_modules": ["q_proj"], "layers": [0]},
     "data": {"train": "rows.jsonl", "eval": 0.2, "max_length": 64},
     "train": {
         "epochs": 2,
@@ -54,6 +55,7 @@ class Subject:
     @classmethod
     def at(cls, folder: Path) -> "Subject":
         """Write the model, the rows and the recipe; other accounts may read them."""
+        disable_progress_bar()  # the library redraws it by the clock: no two runs would be alike
         write_tiny_model(folder / "model", "llama")
         with (folder / "rows.jsonl").open("w") as file:
             for n in range(13):
@@ -103,6 +105,8 @@ class Subject:
 
         def action() -> int:
             running.make = lambda recipe, *_: replace(plan, recipe=recipe)
+            # The text of a card comes out of another process, which takes longer than the run.
+            running.write_card = lambda at: publish_file(at / "README.md", b"card", replace=True)
             return self.lorakit(
                 "train", "recipe.yaml", "--out", str(out), mode, *more, *(MERGED if merge else ())
             )

@@ -44,13 +44,7 @@ def chance(trial: str, case: int) -> random.Random:
 
 def all_trials() -> list[Trial]:
     """Return every trial, in the order of the table."""
-    from tests.faults import disk, fuzz, kills, numbers_, rotten, together
+    from tests.faults import disk, fuzz, hostile, kills, numbers_, rotten, together
 
-    return [
-        *kills.TRIALS,
-        *disk.TRIALS,
-        *rotten.TRIALS,
-        *numbers_.TRIALS,
-        *together.TRIALS,
-        *fuzz.TRIALS,
-    ]
+    modules = (kills, disk, rotten, numbers_, together, fuzz, hostile)
+    return [trial for module in modules for trial in module.TRIALS]
