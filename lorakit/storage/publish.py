@@ -108,7 +108,6 @@ def sweep(folder: Path, name: str | None = None) -> None:
             target = folder / match["name"]
             if match["kind"] == "old" and not os.path.lexists(target):
                 os.rename(folder / entry, target)
-                sync(folder)
             else:
                 _delete(folder / entry)
 
@@ -124,7 +123,6 @@ def set_aside(folder: Path, name: str) -> None:
         if os.path.lexists(target):
             remove_folder(target)
         os.rename(folder, target)
-        sync(folder.parent)
 
 
 def is_aside(name: str) -> bool:

@@ -22,6 +22,7 @@ from lorakit.storage.publish import publish_folder, remove_folder, set_aside
 from lorakit.storage.tensors import TensorFile, write_tensors
 
 NAME = re.compile(r"step-(\d{6,})")
+OPTIMIZER = "optimizer.safetensors"
 SCHEMA = 1
 BYTES_PER_VALUE = 12  # of what is trained: itself and two moments of AdamW, each in fp32
 NOT_FINITE = "lower train.learning_rate, or set model.dtype to bf16 or fp32"
@@ -62,7 +63,7 @@ class Checkpoint:
 
     def optimizer_tensors(self) -> dict[str, torch.Tensor]:
         """Read the optimizer's moments."""
-        with TensorFile(self.folder / "optimizer.safetensors", "checkpoint") as file:
+        with TensorFile(self.folder / OPTIMIZER, "checkpoint") as file:
             return {name: file.read(name) for name in file.names}
 
 
@@ -87,7 +88,8 @@ def save(
     try:
         with publish_folder(target, replace=True, needed=_size(checkpoints, optimizer)) as folder:
             save_adapter(folder / "adapter")
-            write_tensors(folder / "optimizer.safetensors", optimizer, {"format": "pt"})
+            write_tensors(folder / OPTIMIZER, optimizer, {"format": "pt"})
+            _check_written(folder / OPTIMIZER, optimizer)
             written = {"schema": SCHEMA, "state": asdict(state), "pinned": dict(pinned)}
             (folder / "state.json").write_text(strict_json.dumps(written), encoding="utf-8")
             write_manifest(folder)
@@ -230,6 +232,19 @@ def _damage(folder: Path) -> str | None:
         if error.id != "storage.io":
             raise
         return f"it cannot be read: {error.message}"
+
+
+def _check_written(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Read a file of tensors again and compare it with what it was made of.
+
+    Raises:
+        RunFailed: `checkpoint.damaged` when the disk holds something else.
+    """
+    with TensorFile(path, "checkpoint") as file:
+        for name, tensor in tensors.items():
+            if not torch.equal(file.read(name), tensor.cpu()):
+                message = f"just written, but {name} is not in the file as it is in memory"
+                raise RunFailed("checkpoint.damaged", message, where=str(path))
 
 
 def _size(checkpoints: Path, optimizer: Mapping[str, torch.Tensor]) -> int:

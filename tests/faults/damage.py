@@ -12,7 +12,9 @@ def damage(folder: Path, rng: random.Random, *, flips_only: bool) -> str:
     kind = (
         "flip"
         if flips_only
-        else rng.choice(("cut", "longer", "hole", "removed", "swapped", "other", "doubled"))
+        else rng.choice(
+            ("cut", "longer", "hole", "removed", "swapped", "other", "doubled", "added")
+        )
     )
     at = rng.randrange(len(content))
     match kind:
@@ -38,6 +40,9 @@ def damage(folder: Path, rng: random.Random, *, flips_only: bool) -> str:
             content = bytearray(rng.randbytes(len(content)))
         case "doubled":
             content *= 2
+        case "added":
+            path = path.with_name(f"another-{path.name}")
+            path.write_bytes(b"")
     if content == path.read_bytes():  # zeros over zeros
         return damage(folder, rng, flips_only=flips_only)
     path.write_bytes(content)

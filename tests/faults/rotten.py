@@ -1,25 +1,29 @@
 """Bytes that are no longer what was written: found, or without any effect."""
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from lorakit import adapters
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, RunFailed
 from lorakit.model import base as bases
 from lorakit.model.sites import find_sites
 from lorakit.model.tokenizer import read_tokenizer
 from lorakit.recipe.sections import Model
 from lorakit.training import checkpoint
 from tests.faults.damage import damage
+from tests.faults.forked import run
 from tests.faults.subject import Subject, copied
 from tests.faults.trials import Trial, chance
 
+NOT_REACHED = 98  # exit code of a child whose writes were fewer
 PROBE = "the user asks <|im_end|> the system"
 
 
@@ -39,9 +43,14 @@ def spoilt_checkpoint(
     older, newer = sorted((folder / "checkpoints").iterdir())
     rng = chance(trial, case)
     if not flips_only and rng.random() < 0.1:
+        both = [damage(one, rng, flips_only=True) for one in (older, newer)]
+        with pytest.raises(RunFailed, match=r"step 4: .*step 3: ") as caught:
+            checkpoint.newest(folder / "checkpoints")
+        assert caught.value.id == "checkpoint.damaged", both
+        return
+    if not flips_only and rng.random() < 0.1:
         copied(older, newer.with_name("step-000009"))
         what, bad = "an older one under a newer name", 9
-        newer = older  # nothing newer is to be named
         expected = 4
     else:
         what, bad, expected = damage(newer, rng, flips_only=flips_only), 4, 3
@@ -61,6 +70,35 @@ def rotten_merge(subject: Subject, case: int, folder: Path) -> None:
     path = copied(subject.whole / "merged", folder / "merged")
     what = damage(path, chance("d4", case), flips_only=case % 2 == 0)
     unharmed(lambda: of_model(path), facts_of_merge(subject), what)
+
+
+def lying_disk(subject: Subject, case: int, folder: Path) -> None:
+    """Let one write put other bytes on the disk than it was given: a save reads them again."""
+    rng = chance("d5", case)
+    out, chosen, real = folder / "run", rng.randrange(60), os.pwrite
+    number = 0
+
+    def pwrite(descriptor: int, data: bytes, offset: int) -> int:
+        nonlocal number
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        if path.endswith(".safetensors"):
+            number += 1
+        if path.endswith(".safetensors") and number == chosen + 1:
+            changed = bytearray(data)
+            changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
+            data = bytes(changed)
+        return real(descriptor, data, offset)
+
+    def action() -> int:
+        os.pwrite = pwrite
+        code = subject.train(out, merge=True)()
+        return code if number > chosen else NOT_REACHED
+
+    ended = run(action)
+    if ended.code == NOT_REACHED:
+        return
+    assert ended.code in (1, 3), f"write {chosen} of other bytes went unseen: {ended}"
+    subject.finish(out, merge=True)
 
 
 def unharmed(load: Callable[[], Mapping[str, Any]], wanted: Mapping[str, Any], what: str) -> None:
@@ -141,6 +179,7 @@ def digest(tensor: torch.Tensor) -> str:
 TRIALS = [
     Trial("d1", "one flipped bit anywhere in a checkpoint", 10_000, 300, flipped_checkpoint),
     Trial("d2", "a checkpoint cut, extended, swapped, zeroed, removed", 1000, 60, torn_checkpoint),
+    Trial("d5", "a disk that keeps other bytes than it was given", 60, 4, lying_disk),
     Trial("d3", "an adapter flipped or torn", 1000, 100, rotten_adapter),
     Trial("d4", "a merged model flipped or torn", 500, 40, rotten_merge),
 ]

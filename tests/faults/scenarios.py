@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lorakit import adapters
 from lorakit.export.merge import REPORT
+from lorakit.storage.manifest import check_manifest
 from lorakit.storage.publish import sweep
 from lorakit.training import checkpoint, loop
 from tests.faults.forked import run
@@ -130,6 +131,9 @@ def resumable(folder: Path, least: int, written: dict[int, set[bytes]]) -> None:
     if checkpoints.is_dir():
         sweep(checkpoints)
     found, _ = checkpoint.newest(checkpoints)
+    for path in checkpoints.glob("step-*"):  # half a deletion never looks like a checkpoint
+        reason = check_manifest(path)
+        assert reason in (None, "checksum optimizer.safetensors"), f"{path.name}: {reason}"
     step = found.state.step if found else 0
     assert step >= least, f"step {step} is found, {least} was saved"
     if found:

@@ -44,7 +44,7 @@ def chance(trial: str, case: int) -> random.Random:
 
 def all_trials() -> list[Trial]:
     """Return every trial, in the order of the table."""
-    from tests.faults import disk, fuzz, hostile, kills, numbers_, rotten, together
+    from tests.faults import disk, fuzz, hostile, kills, mutants, numbers_, rotten, together
 
-    modules = (kills, disk, rotten, numbers_, together, fuzz, hostile)
+    modules = (kills, disk, rotten, numbers_, together, fuzz, hostile, mutants)
     return [trial for module in modules for trial in module.TRIALS]
