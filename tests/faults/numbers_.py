@@ -13,7 +13,7 @@ import torch
 from lorakit.storage import lock
 from lorakit.storage.tensors import TensorFile
 from lorakit.training import folder as folders
-from lorakit.training import loop, optim, progress
+from lorakit.training import gradients, loop, optim, progress
 from tests.faults.forked import Child, run
 from tests.faults.kills import duration
 from tests.faults.subject import STEPS, Subject
@@ -57,7 +57,7 @@ def not_finite(subject: Subject, case: int, folder: Path) -> None:
 
 def spoil(place: str, value: float, step: int, rng: random.Random) -> None:
     """Put a value where it does not belong, once, in one step (from 1)."""
-    real_rate, real_clip, real_loss = optim.set_rate, optim.Gradients.clip, loop.token_loss
+    real_rate, real_clip, real_loss = optim.set_rate, gradients.Gradients.clip, loop.token_loss
     now = 0
 
     def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
@@ -72,7 +72,7 @@ def spoil(place: str, value: float, step: int, rng: random.Random) -> None:
                 target.view(-1)[rng.randrange(target.numel())] = value
         return real_rate(optimizer, factor)
 
-    def clip(self: optim.Gradients, longest: float) -> torch.Tensor:
+    def clip(self: gradients.Gradients, longest: float) -> torch.Tensor:
         if now == step and place == "gradient":
             self.flat[rng.randrange(len(self.flat))] = value
         return real_clip(self, longest)
@@ -81,7 +81,7 @@ def spoil(place: str, value: float, step: int, rng: random.Random) -> None:
         loss = real_loss(*arguments)
         return loss * value if now == step and place == "loss" else loss
 
-    optim.set_rate, optim.Gradients.clip, loop.token_loss = set_rate, clip, token_loss
+    optim.set_rate, gradients.Gradients.clip, loop.token_loss = set_rate, clip, token_loss
 
 
 def clocks(subject: Subject, case: int, folder: Path) -> None:
