@@ -106,7 +106,11 @@ class Runtime:
 
         So a resumed run needs no saved generator, and evaluation between steps moves nothing.
         """
-        torch.manual_seed((seed * 1_000_003 + step * self.processes + self.process) % 2**63)
+        number = (seed * 1_000_003 + step * self.processes + self.process) % 2**63
+        # Not `torch.manual_seed`: it formats the stack for each kind of device that is not there.
+        torch.default_generator.manual_seed(number)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(number)
 
     def describe(self) -> str:
         """Name the device for people and for `run.json`."""

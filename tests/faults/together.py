@@ -160,7 +160,7 @@ def contended(subject: Subject, case: int, folder: Path) -> None:
 
 TRIALS = [
     Trial("e2", "NaN in one of two processes", 12, 1, one_not_finite),
-    Trial("f1", "SIGKILL of one of two processes", 30, 2, one_killed),
+    Trial("f1", "SIGKILL of one of two processes", 30, 1, one_killed),
     Trial("f2", "SIGSTOP of one of two processes", 10, 1, one_hangs),
-    Trial("g1", "two runs of one folder; a live and a dead holder of the lock", 90, 6, contended),
+    Trial("g1", "two runs of one folder; a live and a dead holder of the lock", 90, 3, contended),
 ]
