@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lorakit import adapters
+from lorakit.data.cache import prepared
 from lorakit.errors import LorakitError, RunFailed
 from lorakit.model import base as bases
 from lorakit.model.sites import find_sites
@@ -70,6 +71,36 @@ def rotten_merge(subject: Subject, case: int, folder: Path) -> None:
     path = copied(subject.whole / "merged", folder / "merged")
     what = damage(path, chance("d4", case), flips_only=case % 2 == 0)
     unharmed(lambda: of_model(path), facts_of_merge(subject), what)
+
+
+def rotten_tokens(subject: Subject, case: int, folder: Path) -> None:
+    """Damage an entry of the token cache: the rows are as they were, from it or made again."""
+    copied(entry_of(subject), folder / "cache")
+    what = damage(folder / "cache", chance("d6", case), flips_only=case % 2 == 0)
+    assert tokens(subject, folder / "cache") == tokens(subject, entry_of(subject)), what
+
+
+@cache
+def entry_of(subject: Subject) -> Path:
+    """Return a cache folder with one entry."""
+    tokens(subject, subject.folder / "cache")
+    return subject.folder / "cache"
+
+
+def tokens(subject: Subject, place: Path) -> list[tuple[list[int], list[int]]]:
+    """Return the ids and labels of the training rows, with a cache at `place`."""
+    recipe = subject.plan.recipe
+    dataset = prepared(
+        place,
+        recipe.data,
+        subject.plan.tokenizer,
+        subject.plan.base.context,
+        folder=recipe.origin.folder,
+        seed=recipe.seed,
+        offline=True,
+        allow_local_code=False,
+    )
+    return [(example.ids.tolist(), example.labels.tolist()) for example in dataset.train]
 
 
 def lying_disk(subject: Subject, case: int, folder: Path) -> None:
@@ -179,6 +210,7 @@ def digest(tensor: torch.Tensor) -> str:
 TRIALS = [
     Trial("d1", "one flipped bit anywhere in a checkpoint", 10_000, 300, flipped_checkpoint),
     Trial("d2", "a checkpoint cut, extended, swapped, zeroed, removed", 1000, 60, torn_checkpoint),
+    Trial("d6", "an entry of the token cache flipped or torn", 500, 30, rotten_tokens),
     Trial("d5", "a disk that keeps other bytes than it was given", 60, 2, lying_disk),
     Trial("d3", "an adapter flipped or torn", 1000, 100, rotten_adapter),
     Trial("d4", "a merged model flipped or torn", 500, 40, rotten_merge),

@@ -10,6 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from lorakit import adapters
+from lorakit.data.cache import entries
 from lorakit.export.merge import REPORT
 from lorakit.storage.manifest import check_manifest
 from lorakit.storage.publish import sweep
@@ -83,6 +84,23 @@ def scenarios(subject: Subject) -> list[Scenario]:
     def merge_before(folder: Path) -> None:
         assert run(merged("--scale", "0.5")(folder)).code == 0
 
+    def tokenised(folder: Path) -> Callable[[], int]:
+        def action() -> int:
+            os.environ["LORAKIT_CACHE"] = str(folder / "cache")
+            return subject.lorakit("plan", "recipe.yaml")
+
+        return action
+
+    def believed(folder: Path) -> None:
+        for entry in entries(folder / "cache"):
+            assert check_manifest(entry) is None, "half of an entry"
+
+    def kept(folder: Path) -> None:
+        ended = run(tokenised(folder))
+        assert ended.code == 0, ended
+        assert len(entries(folder / "cache")) == 1
+        believed(folder)
+
     return [
         Scenario("start", lambda _: None, train, intact, done),
         Scenario("newest damaged", lambda f: newest_damaged(subject, f), train, intact, done, 3),
@@ -90,6 +108,7 @@ def scenarios(subject: Subject) -> list[Scenario]:
         Scenario("finished", lambda f: copied(subject.whole, f / "run"), train, intact, done, 4),
         Scenario("merge", lambda _: None, merged(), old_or_new, merged_at_last),
         Scenario("merge over", merge_before, merged("--overwrite"), old_or_new, merged_at_last),
+        Scenario("tokens", lambda _: None, tokenised, believed, kept),
     ]
 
 

@@ -69,7 +69,7 @@ def listed(action: Action, below: Path, log: Path) -> list[Call]:
         if name.startswith("open") and not any(flag in arguments for flag in WRITABLE):
             continue
         paths = _paths(arguments)
-        if paths and paths[0].startswith(f"{below}"):
+        if paths and Path(paths[0]).is_relative_to(below):
             calls.append(Call(name, counts[name], paths, arguments))
     return calls
 
