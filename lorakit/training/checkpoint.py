@@ -80,10 +80,7 @@ def save(
         RunFailed: when the disk refuses or is too small, or a value is not finite; every older
             checkpoint is untouched.
     """
-    for name, tensor in optimizer.items():
-        if not tensor.isfinite().all():
-            message = f"the optimizer's {name} after step {state.step}: no checkpoint is written"
-            raise RunFailed("run.not-finite", message, where=str(checkpoints), help=NOT_FINITE)
+    check_finite(optimizer, state.step, checkpoints)
     target = checkpoints / step_name(state.step)
     try:
         with publish_folder(target, replace=True, needed=_size(checkpoints, optimizer)) as folder:
@@ -100,6 +97,18 @@ def save(
     if reason := check_manifest(target):
         raise RunFailed("checkpoint.damaged", f"just written, but {reason}", where=str(target))
     return target
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor], step: int, checkpoints: Path) -> None:
+    """Check that every value of what a checkpoint would hold is finite.
+
+    Raises:
+        RunFailed: `run.not-finite`, with the first tensor that is not.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            message = f"{name} is not finite after step {step}: no checkpoint is written"
+            raise RunFailed("run.not-finite", message, where=str(checkpoints), help=NOT_FINITE)
 
 
 def check_space(checkpoints: Path, trainable: int, keep: int) -> None:
@@ -242,7 +251,7 @@ def _check_written(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """
     with TensorFile(path, "checkpoint") as file:
         for name, tensor in tensors.items():
-            if not torch.equal(file.read(name), tensor.cpu()):
+            if name not in file.names or not torch.equal(file.read(name), tensor.cpu()):
                 message = f"just written, but {name} is not in the file as it is in memory"
                 raise RunFailed("checkpoint.damaged", message, where=str(path))
 

@@ -140,6 +140,7 @@ def save(run: Run) -> None:
     run.state.method = run.method.state()
     run.state.loss_scale = run.scale.item()
     if run.runtime.is_main:
+        checkpoint.check_finite(run.named, run.state.step, run.folder.checkpoints)
         run.folder.settle()
         names: dict[Tensor, str] = {parameter: name for name, parameter in run.named.items()}
         checkpoint.save(

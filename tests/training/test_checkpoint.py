@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -138,6 +139,25 @@ def test_a_disk_too_small_for_another_is_said_before_anything_is_written(
         write(tmp_path, 2)
     assert caught.value.id == "storage.full"
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+
+
+def test_a_disk_that_keeps_other_bytes_is_found_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.pwrite
+
+    def pwrite(descriptor: int, data: bytes, offset: int) -> int:
+        wrong = bytearray(data)
+        # A bit of a value, and of a name in the header.
+        wrong[-1 if offset else bytes(wrong).index(b"exp_avg")] ^= 1
+        is_tensors = os.readlink(f"/proc/self/fd/{descriptor}").endswith(".safetensors")
+        return real(descriptor, bytes(wrong) if is_tensors else data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(RunFailed) as caught:
+        write(tmp_path, 1)
+    assert caught.value.id == "checkpoint.damaged"
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_damaged_is_set_aside_and_never_counted(tmp_path: Path) -> None:
