@@ -231,18 +231,6 @@ GPU_LAWS = Config(
     steps=5,
     started=True,
 )
-GPU_MEMORY = Config(
-    "M1",
-    "1 row of 2048 tokens, all trained: the peak against the plan",
-    (2048,),
-    0.0,
-    (
-        Arm("lorakit, checkpointing off", LORAKIT, "bf16", {"checkpointing": False}),
-        Arm("lorakit, checkpointing on", LORAKIT, "bf16", {"checkpointing": True}),
-    ),
-    "none",
-)
-
 _PEERS_GPU = {"rows": 4, "autocast": True}
 GPU = (
     Config(

@@ -21,6 +21,7 @@ from typing import Any, get_args
 
 import configs
 import machine
+import memory_grid
 import report
 from bench import ROOT, Bench, commit, say
 
@@ -123,22 +124,16 @@ def pytest_gpu(work: Path) -> dict[str, Any]:
 
 
 def memory(options: argparse.Namespace) -> dict[str, Any]:
-    """Compare the peak of short runs with the plan's estimate, by base and checkpointing."""
-    rows, heads = [], {}
-    for shape in ("1b", "8b"):
-        bench = bench_of(options, shape, warm=1, timed=2)
-        chosen = [configs.GPU_MEMORY, replace(configs.GPU_MEMORY, id="M2", lengths=(2048,) * 4)]
-        prepare(bench, shape, chosen)
-        heads = heading(bench)
-        for config in chosen:
-            for arm in config.arms:
-                row = bench.one_arm(config, arm, f"{shape} {config.id} {arm.name}")
-                row["name"] = arm.name
-                row["base"], row["tokens"] = shape, bench.facts["configs"][config.id]["tokens"]
-                if "planned" in row:
-                    row["peak_by_plan"] = row["memory"]["peak"] / row["planned"]["total"]
-                rows.append(row)
-    return {**heads, "rows": rows}
+    """Compare the peak of two steps with the plan's estimate, over the fixed grid."""
+    options.work.mkdir(parents=True, exist_ok=True)
+    rows = memory_grid.measured(
+        options.device,
+        options.work,
+        minutes=options.minutes,
+        only=[1, 4, 6] if TINY else None,
+        tiny=TINY,
+    )
+    return memory_grid.results(options.device, rows)
 
 
 def peers(options: argparse.Namespace) -> dict[str, Any]:

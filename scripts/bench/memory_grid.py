@@ -253,8 +253,21 @@ def measured(
     return rows
 
 
-def table(rows: list[dict[str, Any]], goal: float) -> str:
-    """Return the rows as a table for people, and how many keep within the goal."""
+def results(device: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the rows with what they were measured on."""
+    return {
+        "grid": "memory",
+        "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        "device": next((row["device"] for row in rows if "device" in row), device),
+        "versions": measure.versions(),
+        "goal": GOALS[device],
+        "rows": rows,
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """Return results as a table for people, and how many rows keep within the goal."""
+    rows, goal = found["rows"], found["goal"]
     head = "base | dtype | tokens | targets | weights | recomputed | estimate | measured | ratio"
     lines = [f"| {head} |", "|" + " --- |" * 9]
     for row in rows:
@@ -267,9 +280,9 @@ def table(rows: list[dict[str, Any]], goal: float) -> str:
             off = abs(row["ratio"] - 1) > goal
             cells += [*sizes, f"**{row['ratio']:.2f}**" if off else f"{row['ratio']:.2f}"]
         lines.append("| " + " | ".join(cells) + " |")
-    found = [row["ratio"] for row in rows if "ratio" in row]
-    good = sum(abs(ratio - 1) <= goal for ratio in found)
-    return "\n".join(lines) + f"\n\n{good} of {len(rows)} within {goal:.0%}.\n"
+    good = sum(abs(row["ratio"] - 1) <= goal for row in rows if "ratio" in row)
+    note = f"{found['date']}, {found['device']}: {good} of {len(rows)} within {goal:.0%}."
+    return "\n".join(lines) + f"\n\n{note}\n"
 
 
 def main() -> int:
@@ -292,17 +305,11 @@ def main() -> int:
         return 0
     options.work.mkdir(parents=True, exist_ok=True)
     rows = measured(options.device, options.work, minutes=options.minutes, only=options.only)
-    found = {
-        "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        "device": next((row["device"] for row in rows if "device" in row), options.device),
-        "versions": measure.versions(),
-        "goal": GOALS[options.device],
-        "rows": rows,
-    }
+    found = results(options.device, rows)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(table(rows, found["goal"]))
+    print(table(found))
     return 0
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import compare
 import configs
+import memory_grid
 
 GIB, MIB = 1 << 30, 1 << 20
 ARM_COLUMNS = [
@@ -43,6 +44,8 @@ def cpu(results: dict[str, Any]) -> str:
 
 def gpu(found: dict[str, Any]) -> str:
     """Return what a section on a GPU found."""
+    if "grid" in found:
+        return memory_grid.table(found)
     if "machine" not in found:
         return found.get("error", "")
     machine = found["machine"]
@@ -53,21 +56,10 @@ def gpu(found: dict[str, Any]) -> str:
         *([_roof(found)] if "roof" in found else []),
         *(_config(config, found) for config in found.get("configs", [])),
     ]
-    if "rows" in found:
-        cells = [_planned(row) for row in found["rows"]]
-        parts.append(_table(["base", "arm", "tokens", "peak GiB", "planned GiB", "ratio"], cells))
     if "pytest" in found:
         parts.append("pytest -m gpu: " + str(found["pytest"].get("error", found["pytest"])))
         parts.append(f"not equal: {', '.join(found['not_equal']) or 'none'}")
     return "\n\n".join(parts) + "\n"
-
-
-def _planned(row: dict[str, Any]) -> list[str]:
-    if "error" in row:
-        return [row["base"], row["name"], str(row["tokens"]), _short(row["error"]), "", ""]
-    peak, planned = row["memory"]["peak"], row["planned"]["total"]
-    sizes = [f"{peak / GIB:.2f}", f"{planned / GIB:.2f}", f"{peak / planned:.2f}"]
-    return [row["base"], row["name"], str(row["tokens"]), *sizes]
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
