@@ -101,6 +101,11 @@ class Runtime:
         free[self.process] = self.free_bytes()
         return int(self.sum(free).min())
 
+    def release(self) -> None:
+        """Give back what the allocator of a GPU keeps of freed memory."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def seed_step(self, seed: int, step: int) -> None:
         """Seed the generators for one step: dropout is a function of seed, step and process.
 

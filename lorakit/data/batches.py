@@ -48,7 +48,8 @@ class Batch:
 class Steps:
     """The micro-batches of every optimizer step: a pure function of seed and step number.
 
-    `limit` is how large a micro-batch may be: in tokens where `by_tokens`, else in rows.
+    `limit` is how large a micro-batch may be: in tokens where `by_tokens`, else in rows. `longest`
+    is the tokens of the longest row, or dense pack.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class Steps:
         self._lengths, self._trained = self._examples.lengths, self._examples.trained
         self._rows = _repeated(weights or [1.0] * len(examples), seed)
         self._epoch = lru_cache(maxsize=1)(self._units)
-        self._longest_unit = max(int(self._lengths[unit].sum()) for unit in self._epoch(0))
+        self.longest = max(int(self._lengths[unit].sum()) for unit in self._epoch(0))
         self.per_epoch = math.ceil(len(self._epoch(0)) / batch_size)
         # Two decimals of an epoch must not become one step more by rounding in binary.
         planned = math.ceil(round(epochs * self.per_epoch, 6))
@@ -134,10 +135,10 @@ class Steps:
         """The most tokens, padding included, that a micro-batch can have."""
         longest = np.sort(self._lengths[self._rows])[::-1]
         dense = self._packing == "dense"
-        unit = self._longest_unit if dense or not self._packing else 0
+        unit = self.longest if dense or not self._packing else 0
         whole = self._batch_size * unit or int(longest[: self._batch_size].sum())
         if self.by_tokens:
-            return min(whole, max(self.limit, self._longest_unit))
+            return min(whole, max(self.limit, self.longest))
         return min(whole, self.limit * unit or int(longest[: self.limit].sum()))
 
     @property
@@ -151,12 +152,19 @@ class Steps:
         other.limit = limit
         return other
 
+    def shortened(self, length: int) -> Self:
+        """Return steps over rows cut to a length: at most what shorter rows would take."""
+        other = copy.copy(self)
+        other._lengths = np.minimum(self._lengths, length)
+        other.longest = min(self.longest, length)
+        return other
+
     def halved(self) -> Self | None:
         """Return the same steps in micro-batches half as large, None where one is a single row."""
         if not self.by_tokens:
             return self.limited(self.limit // 2) if self.limit > 1 else None
         tokens = self.micro_batch_tokens
-        return self.limited(tokens // 2) if tokens > self._longest_unit else None
+        return self.limited(tokens // 2) if tokens > self.longest else None
 
     def order_sha256(self, index: int) -> str:
         """Return the digest of the row order in the epoch of a step: a checkpoint compares it."""
@@ -204,7 +212,7 @@ class Steps:
         """Split the units of a step into micro-batches, at least one a process where it can be."""
         if self.by_tokens:
             share = max(*lengths, math.ceil(sum(lengths) / self._processes))
-            budget = min(max(self.limit, self._longest_unit), share)
+            budget = min(max(self.limit, self.longest), share)
             return pack(lengths, budget) if self._packing else padded_groups(lengths, budget)
         size = min(self.limit, math.ceil(len(lengths) / self._processes))
         order = np.argsort([-length for length in lengths], kind="stable").tolist()

@@ -179,7 +179,7 @@ class Train(Section):
         16, ge=1, description="sequences per optimizer step over all devices and micro-batches"
     )
     micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
-        "auto", description="sequences per forward pass; auto: at most 2,048 tokens"
+        "auto", description="sequences per forward pass; auto: as many tokens as fit, up to 8,192"
     )
     learning_rate: float = Field(2e-4, gt=0, description="highest learning rate")
     schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
@@ -204,6 +204,10 @@ class Train(Section):
         description="make one kernel of the operations between matrix products; auto: on a GPU",
     )
     deterministic: bool = Field(False, description="bit-equal runs on CUDA too, slower")
+    on_oom: Literal["stop", "halve"] = Field(
+        "stop",
+        description="memory runs out: stop, or take the step again in micro-batches half as large",
+    )
     on_non_finite: Literal["stop"] | Skip = Field(
         "stop", description="a loss or gradient that is not finite: stop, or {skip: N} steps"
     )

@@ -2,11 +2,14 @@
 
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import Literal
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, Literal
 
 from lorakit.data.batches import Steps
-from lorakit.training.memory import Setup, Shape, estimate
+from lorakit.model.quantized import Quantization
+from lorakit.recipe.sections import Recipe
+from lorakit.training.memory import Memory, Setup, Shape, estimate
 
 # Products of fewer tokens leave a GPU idle: rather recompute a layer than go below.
 ENOUGH_TOKENS = 2048
@@ -14,6 +17,9 @@ ENOUGH_TOKENS = 2048
 MOST_TOKENS = 8192
 # Free memory changes while a run goes on, and an allocator cannot use the last of it.
 MARGIN = 0.95
+
+# Rows shorter than this are not proposed.
+SHORTEST = 128
 
 Checkpointing = bool | Literal["auto"]
 
@@ -57,3 +63,53 @@ def _splits(steps: Steps, setup: Setup) -> Iterator[Steps]:
     while split:
         yield split
         split = split.halved()
+
+
+@dataclass(frozen=True)
+class Change:
+    """Recipe keys that make a run fit, with their values, and what it then needs."""
+
+    keys: dict[str, Any]
+    memory: Memory
+
+    @property
+    def options(self) -> str:
+        """The change as options of the command line."""
+        return " ".join(f"-s {key}={str(value).lower()}" for key, value in self.keys.items())
+
+    @property
+    def exact(self) -> bool:
+        """Whether the result stays what it is."""
+        return not self.keys.keys() & {"model.quantization", "data.max_length"}
+
+
+def cheapest(shape: Shape, setup: Setup, steps: Steps, free: int, recipe: Recipe) -> Change | None:
+    """Return the change that costs least and makes a run fit into so many bytes, None if none does.
+
+    Tried in order, each with all that come before it: smaller micro-batches, recomputed layers,
+    a base in 4 bits, shorter rows.
+    """
+    quantizations = dict.fromkeys([setup.quantization, setup.quantization or Quantization("nf4")])
+    asked = recipe.train.gradient_checkpointing
+    longest = recipe.data.max_length
+    lengths = [length for n in range(10) if (length := longest >> n) >= SHORTEST or n == 0]
+    for length, how, checkpointing in product(lengths, quantizations, dict.fromkeys([asked, True])):
+        split: Steps | None = steps.shortened(length)
+        while split:
+            tried = replace(setup, quantization=how)
+            split, tried = settle(shape, tried, split, free, checkpointing)
+            memory = estimate(shape, tried)
+            if memory.total <= MARGIN * free:
+                keys: dict[str, Any] = {}
+                if split.limit < steps.limit:
+                    rows = split.limit // split.longest if split.by_tokens else split.limit
+                    keys["train.micro_batch_size"] = max(1, rows)
+                if checkpointing != asked:
+                    keys["train.gradient_checkpointing"] = checkpointing
+                if how != setup.quantization:
+                    keys["model.quantization"] = how.form
+                if length != longest:
+                    keys["data.max_length"] = length
+                return Change(keys, memory)
+            split = None if split.by_tokens else split.halved()
+    return None

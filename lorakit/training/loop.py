@@ -8,12 +8,13 @@ gradient. A step whose loss or gradient is not finite changes nothing.
 import itertools
 import math
 import time
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 
 from lorakit import adapters
-from lorakit.data.batches import eval_batches
+from lorakit.data.batches import Batch, eval_batches
 from lorakit.errors import RunFailed
 from lorakit.model.loss import token_loss
 from lorakit.processes import Stop
@@ -24,10 +25,10 @@ from lorakit.storage.publish import publish_folder
 from lorakit.training import optim
 from lorakit.training.checkpoint import interrupted
 from lorakit.training.folder import RunFolder
-from lorakit.training.memory import memory_errors
 from lorakit.training.plan import Plan
 from lorakit.training.progress import Reporter, StepRecord
 from lorakit.training.run import Outcome, Pending, Run, outcome, prepare, save, save_adapter
+from lorakit.training.shortage import explained, fell_short, halve, in_a_batch, ran_out
 
 
 def train(
@@ -40,7 +41,7 @@ def train(
             the disk refuses. The last checkpoint is intact.
         Interrupted: when a signal asked to stop; a checkpoint of the last step was written.
     """
-    with memory_errors(plan.memory, plan.steps.micro_batch_tokens):
+    with explained(plan):
         run = prepare(plan, runtime, folder, reporter, stop)
         folder.at_work = True
         with stop:
@@ -96,34 +97,30 @@ def step(run: Run, index: int) -> bool:
         Whether it was taken: a step that cannot end before the process must is dropped. Where
         there are several processes each would have to drop it, so none does.
     """
-    plan, gradients, settings = run.plan, run.gradients, run.plan.recipe.train
-    run.runtime.seed_step(plan.recipe.seed, index)
-    rate = optim.set_rate(run.optimizer, optim.factor(settings, index, plan.steps.total))
-    tokens, trained = plan.steps.tokens_of(index)
-    batches = plan.steps.step(index)  # none, where there are more processes than rows
+    gradients, settings, total = run.gradients, run.plan.recipe.train, run.plan.steps.total
+    rate = optim.set_rate(run.optimizer, optim.factor(settings, index, total))
+    tokens, trained = run.plan.steps.tokens_of(index)
+    batches = run.plan.steps.step(index)  # none, where there are more processes than rows
     watch = gradients.watch() if index == 0 and batches else None
-    began, alone = time.monotonic(), run.runtime.processes == 1
-    for number, batch in enumerate(batches):
-        left = (len(batches) - number) * (time.monotonic() - began) / max(1, number)
-        if alone and run.stop.comes_before(left):
+    while True:
+        taken, short = accumulate(run, index, batches, trained)
+        if not taken:
             gradients.zero()
             return False
-        loss = token_loss(run.model, put(batch, run.runtime.device)) / trained
-        torch.autograd.backward(loss * run.scale)
-        gradients.loss += loss.detach() * run.scale
-    if (penalty := run.method.penalty(run.model)) is not None:
-        torch.autograd.backward(penalty * run.scale / run.runtime.processes)
-    gradients.stops += float(run.stop.requested)
-    run.runtime.sum(gradients.buffer)
+        run.runtime.sum(gradients.buffer)
+        if not fell_short(run, short):
+            break
+        halve(run, index, short)
+        batches = run.plan.steps.step(index)
     if watch:
         watch.finish()
     gradients.buffer[:-1] /= run.scale
     norm = gradients.clip(settings.max_grad_norm)
     spoilt = (~(gradients.loss + norm).isfinite()).float()
     optim.take_step(run.optimizer, spoilt)
-    run.method.after_step(run.model, index, plan.steps.total)
+    run.method.after_step(run.model, index, total)
     numbers = torch.stack([gradients.loss, norm, spoilt, gradients.stops])
-    if plan.dtype is torch.float16:
+    if run.plan.dtype is torch.float16:
         run.scale = (run.scale * (1 - 0.5 * spoilt)).clamp(min=1.0)
     gradients.zero()
     run.state.step = index + 1
@@ -131,6 +128,38 @@ def step(run: Run, index: int) -> bool:
     run.state.trained_tokens += trained
     run.pending.append(Pending(index, rate, run.state.tokens, run.state.trained_tokens, numbers))
     return True
+
+
+def accumulate(
+    run: Run, index: int, batches: Sequence[Batch], trained: int
+) -> tuple[bool, Batch | None]:
+    """Add up loss and gradients of this process's micro-batches of a step.
+
+    Returns:
+        Whether the step can end in time, and the micro-batch that memory ran out in.
+    """
+    plan, gradients = run.plan, run.gradients
+    run.runtime.seed_step(plan.recipe.seed, index)
+    began, alone = time.monotonic(), run.runtime.processes == 1
+    for number, batch in enumerate(batches):
+        left = (len(batches) - number) * (time.monotonic() - began) / max(1, number)
+        if alone and run.stop.comes_before(left):
+            return False, None
+        try:
+            loss = token_loss(run.model, put(batch, run.runtime.device)) / trained
+            torch.autograd.backward(loss * run.scale)
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out(error):
+                raise
+            if plan.recipe.train.on_oom == "stop":
+                raise in_a_batch(run, index, batch) from error
+            gradients.short += 1
+            return True, batch
+        gradients.loss += loss.detach() * run.scale
+    if (penalty := run.method.penalty(run.model)) is not None:
+        torch.autograd.backward(penalty * run.scale / run.runtime.processes)
+    gradients.stops += float(run.stop.requested)
+    return True, None
 
 
 def settle(run: Run, keep: int) -> bool:

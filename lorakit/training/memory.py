@@ -3,8 +3,7 @@
 Pure functions: what the layers keep comes from a trace, everything else is counted here.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil, prod
 
@@ -12,7 +11,6 @@ import torch
 from transformers import PreTrainedModel
 
 from lorakit import adapters
-from lorakit.errors import RunFailed
 from lorakit.model.families import plain_head
 from lorakit.model.loss import CHUNK_BYTES, CHUNK_BYTES_GPU, CHUNK_ROWS
 from lorakit.model.quantized import Quantization
@@ -215,27 +213,3 @@ def _loss(shape: Shape, setup: Setup) -> float:
     budget = CHUNK_BYTES_GPU if setup.gpu else CHUNK_BYTES["cpu"]
     rows = max(fewest, min(most, budget // (4 * shape.vocabulary)))
     return min(rows, trained) * shape.vocabulary * 8
-
-
-@contextmanager
-def memory_errors(memory: Memory, micro_batch_tokens: int) -> Iterator[None]:
-    """Say what may help when memory runs out.
-
-    Raises:
-        RunFailed: `run.out-of-memory` in place of torch's own errors.
-    """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        out = isinstance(
-            error, torch.OutOfMemoryError | MemoryError
-        ) or "can't allocate memory" in str(error)
-        if not out:
-            raise
-        parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in memory.parts.items())
-        raise RunFailed(
-            "run.out-of-memory",
-            f"memory ran out in micro-batches of up to {micro_batch_tokens:,} tokens "
-            f"(estimate in GiB: {parts}); the last checkpoint is intact",
-            help="set train.micro_batch_size: 1, or train.gradient_checkpointing: true",
-        ) from error

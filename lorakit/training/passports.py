@@ -18,7 +18,7 @@ from lorakit.training.plan import Plan
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
 # Keys that change neither the mathematics nor the order of the data.
 HARMLESS_SECTIONS = ("output_dir", "merge", "eval")
-HARMLESS_KEYS = ("log_every", "save_every", "keep_checkpoints", "strict_optimizer")
+HARMLESS_KEYS = ("log_every", "save_every", "keep_checkpoints", "strict_optimizer", "on_oom")
 
 
 def versions(plan: Plan | None = None) -> dict[str, str]:

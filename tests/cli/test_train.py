@@ -91,6 +91,40 @@ def test_two_processes_train_what_one_does(folder: Path) -> None:
     assert plan["status"] == "finished"
 
 
+ONE_OF_TWO_IS_SMALL = """
+import os
+import torch
+from lorakit.training import loop
+
+whole = loop.token_loss
+
+def limited(model, batch):
+    if os.environ.get("RANK") == "1" and batch.input_ids.numel() > 30:
+        raise torch.OutOfMemoryError("no memory left")
+    return whole(model, batch)
+
+loop.token_loss = limited
+
+def row(value):
+    return value
+"""
+
+
+def test_processes_halve_their_micro_batches_together(folder: Path) -> None:
+    """As above; when one of them runs out of memory, all take the step again."""
+    (folder / "small.py").write_text(ONE_OF_TWO_IS_SMALL)
+    oom = ["--set", "train.on_oom=halve", "--set", "data.format=small:row", "--allow-local-code"]
+    both = [
+        start(folder, "--out", "plenty", *oom),
+        start(folder, "--out", "halved", "--nproc", "2", *oom),
+    ]
+    (_, _), (_, err) = [finish(run) for run in both]
+    assert losses(folder, "halved") == pytest.approx(losses(folder, "plenty"), rel=1e-5)
+    noted = json.loads((folder / "halved" / "run.json").read_text())
+    assert noted["micro_batch_limit"] == 1
+    assert "memory ran out; again in micro-batches" in err
+
+
 def test_a_run_that_fails_in_every_process_gives_its_own_exit_code(folder: Path) -> None:
     run = start(folder, "--out", "refused", "--nproc", "2", "--set", "data.max_length=8")
     _, err = finish(run, exit=2)
