@@ -9,21 +9,16 @@ import os
 import re
 import resource
 import subprocess
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
 
 import torch
 import torch.distributed
 
 from lorakit import environment
 from lorakit.errors import EnvironmentLacks, RunFailed
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Of <malloc.h>: sizes from which memory is mapped apart, and from which it is given back.
@@ -243,47 +238,6 @@ def make_deterministic() -> None:
     """Ask every kernel for bit-equal results; kernels that have none raise."""
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
-
-
-def in_threads(
-    work: Callable[[Item], Result], items: Iterable[Item], then: Callable[[Result], object]
-) -> None:
-    """Do `work` for each item on as many threads as torch may use, and hand on each result.
-
-    Meanwhile each operation of torch takes one thread, so that its result does not depend on how
-    many there are. At most two items a thread are begun or wait; results come in any order, to
-    this thread, where a signal or an error ends it all.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    begun: set[Future[Result]] = set()
-    try:
-        with background(threads) as pool:
-            for item in items:
-                if len(begun) == 2 * threads:
-                    begun = _handed_on(begun, then)
-                begun.add(pool.submit(work, item))
-            while begun:
-                begun = _handed_on(begun, then)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _handed_on(begun: set[Future[Result]], then: Callable[[Result], object]) -> set[Future[Result]]:
-    done, still = wait(begun, return_when=FIRST_COMPLETED)
-    for future in done:
-        then(future.result())
-    return still
-
-
-@contextmanager
-def background(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """Yield threads for work beside this one; what has not begun at the end never does."""
-    pool = ThreadPoolExecutor(threads)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _keep_freed_memory() -> None:

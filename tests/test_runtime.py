@@ -1,7 +1,6 @@
 """Dtypes, cores and memory of the machine, and what one process makes of a sum."""
 
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from lorakit.runtime import (
     Runtime,
     available_bytes,
     best_dtype,
-    in_threads,
     resolve_dtype,
     usable_cores,
 )
@@ -68,42 +66,3 @@ def test_dtypes_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_cores_are_those_this_process_may_use() -> None:
     assert 1 <= usable_cores() <= (os.cpu_count() or 1)
-
-
-def test_work_in_threads_is_done_once_each_and_bounded() -> None:
-    begun: list[int] = []
-    ahead = 0
-    results: list[int] = []
-
-    def items() -> Iterator[int]:
-        nonlocal ahead
-        for item in range(50):
-            ahead = max(ahead, item - len(results))
-            yield item
-
-    def work(item: int) -> int:
-        begun.append(item)
-        assert torch.get_num_threads() == 1
-        return item * item
-
-    threads = torch.get_num_threads()
-    in_threads(work, items(), results.append)
-    assert sorted(results) == [item * item for item in range(50)]
-    assert sorted(begun) == list(range(50))
-    assert ahead <= 2 * threads
-    assert torch.get_num_threads() == threads
-
-
-def test_an_error_in_a_thread_ends_the_work() -> None:
-    begun: list[int] = []
-
-    def work(item: int) -> None:
-        begun.append(item)
-        if item == 3:
-            raise KeyError(item)
-
-    threads = torch.get_num_threads()
-    with pytest.raises(KeyError):
-        in_threads(work, range(10_000), lambda _: None)
-    assert len(begun) <= 4 + 2 * threads
-    assert torch.get_num_threads() == threads

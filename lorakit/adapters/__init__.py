@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lorakit.errors import BadInput, one_of
 
 if TYPE_CHECKING:
-    from lorakit.adapters._attach import attach, set_training, switched_off
+    from lorakit.adapters._attach import attach, attach_layers, set_training, switched_off
     from lorakit.adapters._file import save
     from lorakit.adapters._layer import Adapted, Layer, layers_of, trainable
     from lorakit.adapters._linear import LowRank
@@ -30,6 +30,7 @@ __all__ = [
     "MethodSettings",
     "Saved",
     "attach",
+    "attach_layers",
     "attach_saved",
     "check_base",
     "foreign",
@@ -52,7 +53,7 @@ _FOLDER = Path(__file__).parent
 _HOMES = {
     name: module
     for module, names in {
-        "_attach": "attach set_training switched_off",
+        "_attach": "attach attach_layers set_training switched_off",
         "_file": "save",
         "_layer": "Adapted Layer layers_of trainable",
         "_linear": "LowRank",

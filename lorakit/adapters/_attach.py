@@ -1,6 +1,6 @@
 """Adapters on a model: attach, switch off, and ask what belongs to them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lorakit.adapters._fused import fuse
-from lorakit.adapters._layer import META, Copy, Layer, layers_of, wrap
+from lorakit.adapters._layer import META, Adapted, Copy, Layer, layers_of, wrap
 from lorakit.adapters._method import Method, one_of_tied, with_tied
 from lorakit.errors import BadInput
 from lorakit.model.sites import Site, find_sites, match
@@ -43,6 +43,17 @@ def attach(method: Method, model: PreTrainedModel, sites: Sequence[Site], seed: 
     generator = torch.Generator().manual_seed(seed)
     for layer in layers_of(model):
         layer.reset(generator)
+    for module in model.modules():
+        if isinstance(module, Adapted) and isinstance(module.adapter, Copy):
+            module.adapter.fill(module.base)
+
+
+def attach_layers(method: Method, model: PreTrainedModel, layers: Mapping[str, Layer]) -> None:
+    """Put layers that have their values onto the modules of a frozen model, for inference."""
+    for name, layer in layers.items():
+        wrap(model, name, layer)
+    set_training(model, False)
+    method.refresh(model)
 
 
 def set_training(model: nn.Module, training: bool) -> None:

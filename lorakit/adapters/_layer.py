@@ -170,10 +170,7 @@ class Adapted(nn.Module):
 def wrap(model: nn.Module, name: str, layer: Layer) -> None:
     """Put a layer around the module called `name`."""
     parent, _, leaf = name.rpartition(".")
-    base = model.get_submodule(name)
-    if isinstance(layer, Copy) and layer.weight.device != META:
-        layer.fill(base)
-    setattr(model.get_submodule(parent), leaf, Adapted(base, layer))
+    setattr(model.get_submodule(parent), leaf, Adapted(model.get_submodule(name), layer))
 
 
 def layers_of(model: nn.Module) -> Iterator[Layer]:

@@ -61,7 +61,7 @@ def merge_layers(saved: Saved, sites: Sequence[Site]) -> dict[str, Layer]:
             help="use the adapter beside its base",
         )
     _, layers = _fitting(saved, method, sites, sites)
-    _fill(saved, layers.values())
+    _fill(saved, layers.values(), shared=True)
     copies = saved.base_copies
     return {
         name: OnItsBase(saved, layer, copies[name]) if name in copies else layer
@@ -222,7 +222,7 @@ def _check_tensors(
     saved: Saved, layers: Iterable[Layer], sites: Sequence[Site], everywhere: Sequence[Site]
 ) -> None:
     """Check that the file's names and shapes are exactly those of the layers."""
-    expected = {name: tensor.shape for layer in layers for name, tensor in layer.tensors().items()}
+    expected = {name: tensor.shape for name, tensor in _named(layers).items()}
     extra = sorted(saved.tensors.keys() - expected.keys())
     if missing := sorted(expected.keys() - saved.tensors.keys()):
         raise missing_tensors(missing, saved.file, extra)
@@ -276,16 +276,26 @@ def _wrong_base(saved: Saved, message: str, file: str, help: str = "") -> BadInp
 
 
 @torch.no_grad()
-def _fill(saved: Saved, layers: Iterable[Layer]) -> None:
-    """Give the layers their values.
+def _fill(saved: Saved, layers: Iterable[Layer], *, shared: bool = False) -> None:
+    """Give the layers their values, or where they are `shared` the saved tensors themselves.
 
     Raises:
         BadInput: `adapter.bad-setting` when two ends of a tie have different values.
     """
-    named = {name: tensor for layer in layers for name, tensor in layer.tensors().items()}
-    for name, tensor in named.items():
-        tensor.copy_(saved.tensors[name])
-    for name, tensor in named.items():
+    layers = tuple(layers)
+    for name, tensor in _named(layers).items():
+        given = saved.tensors[name]
+        if tensor._base is not None:
+            continue  # shows what the other end of a tie holds
+        if shared and given.dtype == tensor.dtype:
+            tensor.data = given
+        else:
+            tensor.copy_(given)
+    for name, tensor in _named(layers).items():
         if not torch.equal(tensor, saved.tensors[name].to(tensor)):
             message = f"{name} differs from the tensor at the other end of its tie"
             raise saved.config.wrong("ensure_weight_tying", message)
+
+
+def _named(layers: Iterable[Layer]) -> dict[str, Tensor]:
+    return {name: tensor for layer in layers for name, tensor in layer.tensors().items()}

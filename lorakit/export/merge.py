@@ -12,17 +12,19 @@ from lorakit import __version__
 from lorakit.adapters import Saved, check_base, merge_layers
 from lorakit.errors import BadInput, CheckFailed, Notice
 from lorakit.export.blocks import MergedTensors
+from lorakit.export.logits import BOUNDS, GIB, compare_logits, needed_bytes
 from lorakit.export.shards import Shard, planned_shards, write_index, write_shard
 from lorakit.export.texts import find_texts, write_texts
-from lorakit.export.verify import BOUNDS, GIB, check_written, compare_logits, needed_bytes
+from lorakit.export.verify import check_written
 from lorakit.model.base import Base, skeleton
 from lorakit.model.merged import REPORT, texts_of
 from lorakit.model.sites import find_sites
-from lorakit.runtime import DTYPES, Runtime, background
+from lorakit.runtime import DTYPES, Runtime
 from lorakit.storage import strict_json
 from lorakit.storage.disk import storage_errors, sync
 from lorakit.storage.hashing import sha256_file
 from lorakit.storage.publish import publish_folder
+from lorakit.threads import Threads
 
 SCHEMA = "lorakit.merge/1"
 MAX_SHARD = 5 * 10**9  # bytes
@@ -84,7 +86,7 @@ def planned(saved: Saved, base: Base, out: Path, options: Options) -> Iterator[P
     with base.weights() as weights:
         dtype = None if options.dtype == "keep" else DTYPES[options.dtype]
         tensors = MergedTensors(weights, layers, sites, dtype=dtype, scale=options.scale)
-        shards = planned_shards(tensors, weights, options.max_shard)
+        shards = planned_shards(tensors, options.max_shard)
         notices = (*saved.notices, *base.notices, *([notice] if notice else []))
         yield Plan(saved, base, out, options, tensors, shards, find_texts(saved, base), notices)
 
@@ -104,19 +106,19 @@ def merge(
     texts = sum(path.stat().st_size for path in plan.texts.values())
     with (
         publish_folder(plan.out, replace=options.overwrite, needed=plan.bytes + texts) as folder,
-        background(2) as pool,
+        Threads() as threads,
     ):
         synced, digests = [], []
         for name, shard in plan.shards.items():
             path = folder / name
-            write_shard(plan.tensors, path, shard, advance)
+            write_shard(plan.tensors, path, shard, threads, advance)
             # The disk writes and the digest is taken while the next shard, or the check, computes.
-            synced.append(pool.submit(sync, path))
-            digests.append(pool.submit(sha256_file, path))
+            synced.append(threads.beside(sync, path))
+            digests.append(threads.beside(sha256_file, path))
         kept = options.dtype == "keep" and plan.base.folder is not None
         write_texts(plan.texts, plan.base, folder, None if kept else _name(plan.dtype))
         write_index(plan.shards, folder, plan.bytes)
-        written = check_written(plan.tensors, folder, advance)
+        written = check_written(plan.tensors, folder, threads, advance)
         report = {
             "schema": SCHEMA,
             "lorakit_version": __version__,
@@ -133,7 +135,7 @@ def merge(
             "tensors": written.tensors,
             "adapted": written.adapted,
             "changed": written.changed,
-            "verify": {"ok": True, **_compared(plan, folder, runtime)},
+            "verify": {"ok": True, **_compared(plan, folder, runtime, threads)},
         }
         for done in synced:
             done.result()
@@ -158,20 +160,22 @@ def verdict(report: Mapping[str, Any]) -> str:
     )
 
 
-def _compared(plan: Plan, folder: Path, runtime: Runtime) -> dict[str, Any]:
+def _compared(plan: Plan, folder: Path, runtime: Runtime, threads: Threads) -> dict[str, Any]:
     """Compare logits, or say why not.
 
     Raises:
         CheckFailed: `check.merge` when they are further apart than rounding explains.
     """
-    needed, free = needed_bytes(plan.tensors), runtime.free_bytes()
+    needed, free = needed_bytes(plan.tensors, plan.base, plan.dtype), runtime.free_bytes()
     if not plan.options.verify:
         return {"skipped": "--no-verify"}
     if plan.options.scale != 1:
         return {"skipped": f"scale {plan.options.scale:g} is no model that could be compared"}
     if needed > free:
         return {"skipped": f"needs {needed / GIB:.1f} GiB, {free / GIB:.1f} GiB are free"}
-    found = compare_logits(plan.saved, plan.base, folder, plan.dtype, runtime)
+    found = compare_logits(
+        plan.tensors, plan.saved, plan.base, folder, plan.dtype, runtime.device, threads
+    )
     if not found.ok:
         report = {"verify": found.facts(), "dtype": _name(plan.dtype)}
         raise CheckFailed(

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorakit.export.blocks import MergedTensors, Unit
-from lorakit.model.weights import INDEX, SINGLE, Weights
-from lorakit.runtime import in_threads
+from lorakit.model.weights import INDEX, SINGLE
 from lorakit.storage import strict_json
 from lorakit.storage.disk import storage_errors
 from lorakit.storage.header import Layout
 from lorakit.storage.tensors import ALL_ROWS, TensorFile, TensorWriter, laid_out
+from lorakit.threads import Threads
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,14 @@ class Shard:
     layout: Layout
 
 
-def planned_shards(tensors: MergedTensors, weights: Weights, limit: int) -> dict[str, Shard]:
+def planned_shards(tensors: MergedTensors, limit: int) -> dict[str, Shard]:
     """Return what goes into which file.
 
     Where no dtype changes and the base's files are small enough, the new ones are laid out as
     they are: to the byte, so that a file system that can share blocks shares what is copied.
     Else files are filled up to `limit` bytes; a unit that is larger has a file of its own.
     """
-    if kept := _as_in_base(tensors, weights, limit):
+    if kept := _as_in_base(tensors, limit):
         return kept
     groups: list[list[Unit]] = []
     size = limit
@@ -47,7 +47,11 @@ def planned_shards(tensors: MergedTensors, weights: Weights, limit: int) -> dict
 
 
 def write_shard(
-    tensors: MergedTensors, path: Path, shard: Shard, advance: Callable[[int], None]
+    tensors: MergedTensors,
+    path: Path,
+    shard: Shard,
+    threads: Threads,
+    advance: Callable[[int], None],
 ) -> None:
     """Write one file; `advance` hears how many bytes more are written.
 
@@ -72,7 +76,7 @@ def write_shard(
         for rows in ([ALL_ROWS] if tensors.copied_from(unit) else tensors.slices(unit))
     )
     with TensorWriter(path, shard.layout) as writer:
-        in_threads(write, pieces, advance)
+        threads.each(write, pieces, advance)
         writer.finish()
 
 
@@ -86,8 +90,9 @@ def write_index(shards: Mapping[str, Shard], folder: Path, total: int) -> None:
         (folder / INDEX).write_text(strict_json.dumps(index), encoding="utf-8")
 
 
-def _as_in_base(tensors: MergedTensors, weights: Weights, limit: int) -> dict[str, Shard] | None:
+def _as_in_base(tensors: MergedTensors, limit: int) -> dict[str, Shard] | None:
     """Return the base's own files; None when the result is no such set of files."""
+    weights = tensors.weights
     units: dict[str, list[Unit]] = {file: [] for file in weights.files}
     for unit in tensors.units:
         files = {weights.file_of[name] for name in unit.names.values()}

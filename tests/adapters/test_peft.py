@@ -290,7 +290,8 @@ def test_theirs_merges_as_they_merge_it(case, tmp_path):
     for path, layer in layers.items():
         if path != "lm_head" or not tied:  # its weight is the embedding's, merged already
             merge_into(merged, path, layer)
-    assert distance(logits(merged), peft_logits(model)) <= 2 * EQUAL
+    # Four products in each of two layers, whose errors add up like random ones.
+    assert distance(logits(merged), peft_logits(model)) <= EQUAL * 8**0.5
 
 
 def test_dropout_has_the_same_law_in_dora():

@@ -314,12 +314,12 @@ def test_a_wrong_byte_on_the_disk_is_found(tmp_path: Path, monkeypatch: pytest.M
     base, saved = make(tmp_path)
     checked = merging.check_written
 
-    def damaged(tensors: Any, folder: Path, advance: Any) -> Any:
+    def damaged(tensors: Any, folder: Path, *rest: Any) -> Any:
         path = folder / "model.safetensors"
         data = bytearray(path.read_bytes())
         data[-5] ^= 1
         path.write_bytes(data)
-        return checked(tensors, folder, advance)
+        return checked(tensors, folder, *rest)
 
     monkeypatch.setattr(merging, "check_written", damaged)
     with pytest.raises(CheckFailed, match="does not hold what was merged") as caught:
@@ -366,7 +366,7 @@ def test_an_effect_that_is_lost_or_doubled_fails_the_check(
         return {"weight": torch.lerp(base["weight"], merged, factor) + 1e-9}
 
     monkeypatch.setattr(layer, "merged", wrong)
-    monkeypatch.setattr("lorakit.export.verify.BOUNDS", {torch.float32: 1.0})
+    monkeypatch.setattr("lorakit.export.logits.BOUNDS", {torch.float32: 1.0})
     with pytest.raises(CheckFailed, match=rf"\({factor:.0%} of it kept\)"):
         run(saved, base, tmp_path / "wrong")
 
