@@ -156,7 +156,8 @@ class Notice:
         adapter.base-unknown adapter.no-passport adapter.passport-changed
         adapter.unknown-setting
         recipe.unusual-value
-        target.uneven run.packing-off run.optimizer plan.rough-estimate model.unused-tensors
+        target.uneven run.packing-off run.optimizer run.no-offload
+        plan.rough-estimate model.unused-tensors
         model.quantized-on-cpu model.experts-dense
         """.split()
     )

@@ -101,6 +101,10 @@ class Runtime:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def copy_queue(self) -> "CopyQueue | None":
+        """Return a second queue of work for copies, None where the device has none."""
+        return CopyQueue(self.device) if self.device.type == "cuda" else None
+
     def seed_step(self, seed: int, step: int) -> None:
         """Seed the generators for one step: dropout is a function of seed, step and process.
 
@@ -117,6 +121,29 @@ class Runtime:
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
         return f"cpu ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)"
+
+
+class CopyQueue:
+    """A second queue of a GPU's work, for copies that run beside the first."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def host_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return host memory for a tensor's values, which copies reach without waiting."""
+        return torch.empty_like(tensor, device="cpu", pin_memory=True)
+
+    def copy(self, to: torch.Tensor, source: torch.Tensor) -> torch.cuda.Event:
+        """Copy once all that was asked for before is done; return the moment when it is copied."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            to.copy_(source, non_blocking=True)
+            moment: torch.cuda.Event = self._stream.record_event()
+        return moment
+
+    def wait_for(self, moment: torch.cuda.Event) -> None:
+        """Let all that is asked for from now on wait for a moment; the host does not wait."""
+        torch.cuda.current_stream(self._stream.device).wait_event(moment)
 
 
 def start() -> Runtime:

@@ -196,8 +196,10 @@ class Train(Section):
     )
     weight_decay: float = Field(0.0, ge=0, description="decoupled; not on biases and norms")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
-    gradient_checkpointing: bool | Literal["auto"] = Field(
-        "auto", description="recompute activations in the backward pass; auto: only if memory asks"
+    gradient_checkpointing: bool | Literal["auto", "offload"] = Field(
+        "auto",
+        description="recompute layers in the backward pass; auto: as few as memory asks; "
+        "offload: all, their inputs wait in host memory",
     )
     compile: bool | Literal["auto"] = Field(
         "auto",

@@ -21,7 +21,7 @@ MARGIN = 0.95
 # Rows shorter than this are not proposed.
 SHORTEST = 128
 
-Checkpointing = bool | Literal["auto"]
+Checkpointing = bool | Literal["auto", "offload"]
 
 
 def settle(
@@ -33,7 +33,7 @@ def settle(
     layers, as few as that needs; then smaller micro-batches. Where nothing fits, the smallest.
     """
     most = shape.layers if checkpointing else 0
-    least = most if checkpointing is True else 0
+    least = 0 if checkpointing == "auto" else most
 
     def tried(split: Steps, recomputed: int) -> Setup:
         return replace(setup, tokens=split.micro_batch_tokens, recomputed=recomputed)

@@ -128,6 +128,9 @@ def make(
     # What is saved beside the adapter is the template that its rows were rendered with.
     tokenizer.chat_template = dataset.chat_template
     notices = [*base.notices, *unusual(recipe), *coverage, *dataset.notices, *replaced]
+    if recipe.train.gradient_checkpointing == "offload" and not runtime.lags:
+        message = "train.gradient_checkpointing: offload is `true` here: there is no GPU to relieve"
+        notices.append(Notice("run.no-offload", message))
     if how := base.stored or Quantization.of(recipe.model):
         notices += notices_of(skeleton, how, runtime.device)
     linears = [(site.outputs, site.inputs) for site in quantizable(skeleton)]
@@ -155,6 +158,7 @@ def make(
         share=steps.trained_share,
         quantization=how,
         optimizer=optimizer,
+        offload=runtime.lags and recipe.train.gradient_checkpointing == "offload",
         gpu=runtime.lags,
     )
     steps, setup = settle(shape, setup, steps, free, recipe.train.gradient_checkpointing)

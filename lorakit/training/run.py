@@ -95,7 +95,8 @@ def prepare(plan: Plan, runtime: Runtime, folder: RunFolder, reporter: Reporter,
         method = plan.method
         adapters.attach(method, model, sites, seed=plan.recipe.seed)
         method.start(model, sites, plan.steps.step(0, whole=True))
-    checkpoint_layers(model, plan.setup.recomputed)
+    queue = runtime.copy_queue() if plan.setup.offload else None
+    checkpoint_layers(model, plan.setup.recomputed, queue=queue)
     adapters.set_training(model, True)
     named = adapters.trainable(model)
     groups = method.param_groups(model, settings.learning_rate)

@@ -122,3 +122,10 @@ def test_a_paged_optimizer_without_a_gpu_is_told_or_refused(recipe: str) -> None
     )
     assert ended.exit_code == 4
     assert json.loads(ended.stdout)["error"]["id"] == "env.missing-device"
+
+
+def test_offload_without_a_gpu_recomputes_all_layers_and_says_so(recipe: str) -> None:
+    ended = runner.invoke(app, ["plan", recipe, "-s", "train.gradient_checkpointing=offload"])
+    assert ended.exit_code == 0, ended.stderr
+    assert "all 2 layers computed again" in ended.stdout
+    assert "offload is `true` here" in " ".join(ended.stderr.split())

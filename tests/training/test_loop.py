@@ -131,6 +131,7 @@ def test_the_first_reported_loss_is_that_of_the_untouched_base(
         {"data": {"packing": False}},
         {"data": {"packing": False}, "micro_batch_size": 2},
         {"gradient_checkpointing": True},
+        {"gradient_checkpointing": "offload"},
     ],
     ids=str,
 )
