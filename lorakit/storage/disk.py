@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ RESERVE = 1 << 20  # bytes that a plan leaves free: log lines must still fit whe
 
 _COPIED = 64 << 20  # bytes in one call
 _NO_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
+_OS_ERROR = re.compile(r"\(os error (\d+)\)$")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -45,11 +47,20 @@ def storage_error(error: OSError, path: Path, needed: int | None = None) -> Lora
 
 @contextmanager
 def storage_errors(path: Path, needed: int | None = None) -> Iterator[None]:
-    """Turn every OSError of the block into a `storage_error` about `path`."""
+    """Turn every OSError of the block into a `storage_error` about `path`.
+
+    So it is with what libraries written in Rust raise instead, a plain exception that names the
+    number of the error.
+    """
     try:
         yield
     except OSError as error:
         raise storage_error(error, path, needed) from error
+    except Exception as error:
+        if (named := _OS_ERROR.search(str(error))) is None:
+            raise
+        number = int(named[1])
+        raise storage_error(OSError(number, os.strerror(number)), path, needed) from error
 
 
 def free_space(path: Path) -> int:

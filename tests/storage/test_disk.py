@@ -13,6 +13,7 @@ from lorakit.storage.disk import (
     make_folder,
     require_space,
     storage_error,
+    storage_errors,
     write_all,
 )
 from tests.storage.kills import calls
@@ -147,3 +148,12 @@ def test_half_an_appended_line_is_a_full_disk(
     with pytest.raises(RunFailed) as caught:
         append_line(tmp_path / "log", "abc")
     assert caught.value.id == "storage.full"
+
+
+def test_what_rust_says_of_the_disk_is_understood(tmp_path: Path) -> None:
+    """As the tokenizers do when their file does not fit."""
+    with pytest.raises(RunFailed, match="EFBIG") as refused, storage_errors(tmp_path):
+        raise Exception("File too large (os error 27)")
+    assert refused.value.id == "storage.full"
+    with pytest.raises(ValueError, match="else"), storage_errors(tmp_path):
+        raise ValueError("something else (os error 27) within")
