@@ -157,7 +157,7 @@ class Notice:
         adapter.unknown-setting
         recipe.unusual-value
         target.uneven run.packing-off run.optimizer run.no-offload
-        plan.rough-estimate model.unused-tensors
+        plan.rough-estimate model.no-weights model.unused-tensors
         model.quantized-on-cpu model.experts-dense
         """.split()
     )

@@ -9,6 +9,7 @@ import os
 import re
 import resource
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,6 +105,21 @@ class Runtime:
     def copy_queue(self) -> "CopyQueue | None":
         """Return a second queue of work for copies, None where the device has none."""
         return CopyQueue(self.device) if self.device.type == "cuda" else None
+
+    def product_rate(self, dtype: torch.dtype, seconds: float = 0.2) -> float:
+        """Time a matrix product of the size of a model's; return its FLOP/s."""
+        rows, width = (512, 2048) if self.device.type == "cpu" else (4096, 4096)
+        a, b = (torch.ones(n, width, dtype=dtype, device=self.device) for n in (rows, width))
+        count, spent = 0, 0.0
+        for times in (1, 4, 16, 64, 256):  # the first warms up
+            began = time.perf_counter()
+            for _ in range(times):
+                c = a @ b
+            c[0, 0].item()  # waits for a GPU
+            count, spent = times, time.perf_counter() - began
+            if spent > seconds / 4 and times > 1:
+                break
+        return 2 * rows * width * width * count / spent
 
     def seed_step(self, seed: int, step: int) -> None:
         """Seed the generators for one step: dropout is a function of seed, step and process.

@@ -1,5 +1,9 @@
 """`lorakit plan`: what a recipe will do, before it costs anything."""
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
 import typer
 
 from lorakit.cli.screen import (
@@ -9,8 +13,13 @@ from lorakit.cli.screen import (
     Screen,
     SetOption,
     command,
+    usage,
 )
 from lorakit.errors import CheckFailed
+
+if TYPE_CHECKING:
+    from lorakit.training.fitting import Change
+    from lorakit.training.plan import Plan
 
 
 @command
@@ -18,31 +27,98 @@ def plan(
     screen: Screen,
     recipe: RecipeArgument = "",
     changes: SetOption = None,
+    gpu: Annotated[
+        str, typer.Option(help="Plan for a GPU instead: its memory (24GiB) or its name (L40S).")
+    ] = "",
+    fit: Annotated[
+        Path | None, typer.Option(help="Write the recipe, changed so that it fits, to this file.")
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Take two real steps, and compare.")
+    ] = False,
     allow_local_code: AllowLocalCode = False,
     allow_remote_code: AllowRemoteCode = False,
 ) -> None:
-    """Show sites, counts, steps, memory and warnings; exit 1 when it will not fit."""
+    """Show sites, counts, steps, memory, time and warnings; exit 1 when it will not fit."""
     from lorakit.cli.reading import read_recipe
     from lorakit.runtime import start
     from lorakit.training import summary
-    from lorakit.training.memory import GIB
     from lorakit.training.plan import Permissions, make
+    from lorakit.training.speed import Rate, card
+    from lorakit.training.trial import trial
 
-    loaded = read_recipe(recipe, changes)
+    if gpu and measure:
+        raise usage("--gpu plans for another machine, so there is nothing to measure here")
+    target = card(gpu) if gpu else None
     permissions = Permissions(screen.offline, allow_local_code, allow_remote_code)
-    made = make(loaded, start(), permissions)
+    runtime = start()
+
+    def planned(extra: list[str]) -> "Plan":
+        loaded = read_recipe(recipe, [*(changes or ()), *extra])
+        return make(loaded, runtime, permissions, card=target, weights=measure)
+
+    made = planned([])
     screen.notice(*made.notices)
-    lines = [f"{label:9} {text}" for label, text in summary.lines(made)]
-    screen.result(
-        "\n".join(lines), summary.facts(made), exit=0 if made.fits else CheckFailed.exit_code
+    rate = Rate.of(target) if target else Rate.measured(runtime, made.dtype)
+    lines, facts = summary.lines(made, rate), summary.facts(made, rate)
+    error = does_not_fit(made)
+    if error is None and measure and rate:
+        seen = trial(made, runtime, rate)
+        lines += seen.lines()
+        facts["measured"] = seen.facts()
+    change = find_change(made, planned) if error else None
+    if change:
+        facts["change"] = change.keys
+        lines.append(("Change", f"{change.options}  = {summary.gib(change.memory)}"))
+    if fit and (change or error is None):
+        screen.say(f"wrote {write_fitting(fit, planned(change.overrides if change else []))}")
+    code = error.exit_code if error else 0
+    screen.result("\n".join(f"{label:9} {text}" for label, text in lines), facts, exit=code)
+    if error:
+        if screen.json:
+            raise typer.Exit(code)
+        if change:
+            error.help = f"it fits with {change.options}"
+        raise error
+
+
+def does_not_fit(plan: "Plan") -> CheckFailed | None:
+    """Return the error that a plan ends in where it needs more memory or disk than there is."""
+    from lorakit.training import summary
+
+    disk = summary.disk_bytes(plan)
+    free = disk.pop("free")
+    if not plan.fits:
+        needs, there = summary.gib(plan.memory), plan.free_bytes / 2**30
+        what, help = "", "nothing in the recipe makes it small enough; take a smaller base"
+    elif sum(disk.values()) > free:
+        needs, there = f"{sum(disk.values()) / 2**30:.1f} GiB", free / 2**30
+        what, help = " of disk", "lower train.keep_checkpoints, or move output_dir"
+    else:
+        return None
+    return CheckFailed(
+        "plan.will-not-fit", f"needs about {needs}{what}, {there:.1f} GiB are there", help=help
     )
-    if made.fits:
-        return
-    error = CheckFailed(
-        "plan.will-not-fit",
-        f"needs about {made.memory.total / GIB:.1f} GiB, {made.free_bytes / GIB:.1f} are free",
-        help="set train.gradient_checkpointing: true, or lower train.micro_batch_size",
-    )
-    if screen.json:
-        raise typer.Exit(error.exit_code)
-    raise error
+
+
+def find_change(plan: "Plan", planned: Callable[[list[str]], "Plan"]) -> "Change | None":
+    """Return the cheapest change that makes a plan fit, after planning with it."""
+    from lorakit.training.fitting import cheapest
+
+    if plan.fits:
+        return None
+    change = cheapest(plan.shape, plan.setup, plan.steps, plan.free_bytes, plan.recipe)
+    return change if change and planned(change.overrides).fits else None
+
+
+def write_fitting(path: Path, plan: "Plan") -> Path:
+    """Write the recipe of a plan, with what was changed in it; a file that is there stays.
+
+    Raises:
+        LorakitError: when there is a file already, or the disk refuses.
+    """
+    from lorakit.recipe.dump import dump
+    from lorakit.storage.publish import publish_file
+
+    publish_file(path, dump(plan.recipe, defaults=False).encode())
+    return path

@@ -146,6 +146,11 @@ class Steps:
         """The trained tokens of an epoch as a share of all its tokens."""
         return float(self._trained[self._rows].sum() / self._lengths[self._rows].sum())
 
+    @property
+    def squares(self) -> float:
+        """The mean of a step's sum of squared row lengths, which attention's work follows."""
+        return float((self._lengths[self._rows] ** 2).sum() / self.per_epoch)
+
     def limited(self, limit: int) -> Self:
         """Return the same steps in micro-batches of another limit: rows, or tokens when auto."""
         other = copy.copy(self)

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.utils import logging
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from lorakit.errors import BadInput, EnvironmentLacks, Notice
+from lorakit.errors import BadInput, EnvironmentLacks, Notice, Place
 from lorakit.model import attention as packed
 from lorakit.model import hub, local
 from lorakit.model.checks import check_finite, check_loaded, check_tensors
@@ -36,7 +36,7 @@ from lorakit.model.quantized import Quantization, check_asked, check_installed
 from lorakit.model.quantizer import adopt, quantize, quantizing
 from lorakit.model.sites import find_sites
 from lorakit.model.tokenizer import files_sha256, read_tokenizer
-from lorakit.model.weights import Loaded, Weights, open_folder
+from lorakit.model.weights import Loaded, Weights, has_weights, open_folder
 from lorakit.recipe import sections
 from lorakit.storage.hashing import sha256_file
 
@@ -134,9 +134,11 @@ def find(
     offline: bool,
     allow_remote_code: bool,
     cache: Path,
+    weights: bool = True,
 ) -> Base:
     """Find and check the base that a recipe names, reading no weights.
 
+    Where they are not asked for they may be missing, and the hub is not asked for them.
     A path is looked for in the recipe's folder, then in lorakit's cache; only a text that is no
     path and names nothing there is taken for a hub id.
 
@@ -163,7 +165,9 @@ def find(
     name, revision, links_into = (place.resolve().name if place else section.path), None, None
     if not place:
         local.check_id(section.path, recipe_folder, cache)
-        place = hub.snapshot(section.path, section.revision, offline=offline, code=code)
+        place = hub.snapshot(
+            section.path, section.revision, offline=offline, code=code, weights=weights
+        )
         revision, links_into = place.name, place.parent.parent
     check_texts(place)
     config = read_config(place, code_allowed=code, links_into=links_into)
@@ -171,9 +175,14 @@ def find(
     generation = read_generation(place, config, links_into=links_into)
     base = Base(name, place, None, revision, config, generation, code, links_into)
     check_asked(section, base.stored)
-    with base.weights() as weights:
+    if not weights and not has_weights(place):
+        message = "there are no weights here, so they were not compared with config.json"
+        return replace(
+            base, notices=(*notices, Notice("model.no-weights", message, Place(str(place))))
+        )
+    with base.weights() as stored:
         if base.stored is None:
-            notices += check_tensors(weights, skeleton(base), str(place))
+            notices += check_tensors(stored, skeleton(base), str(place))
     return replace(base, notices=notices)
 
 

@@ -42,11 +42,13 @@ def has_token() -> bool:
         return False
 
 
-def snapshot(id: str, revision: str | None, *, offline: bool, code: bool) -> Path:
+def snapshot(
+    id: str, revision: str | None, *, offline: bool, code: bool, weights: bool = True
+) -> Path:
     """Return the folder of a model in the hub's cache, fetched when it is not there.
 
     The folder is named after the commit, and every file in it is of that commit. `code` asks for
-    the model's own Python files as well.
+    the model's own Python files as well; without `weights` those are not fetched.
 
     Raises:
         BadInput: `model.not-found` when there is no such model or revision, `security.pickle`
@@ -64,7 +66,8 @@ def snapshot(id: str, revision: str | None, *, offline: bool, code: bool) -> Pat
                 f"{id} has no .safetensors; pickled weights run code when they are loaded",
                 help="take a model or a revision that has them",
             )
-        files = [name for name in names if code or not name.endswith(".py")]
+        left_out = [".py"] * (not code) + [".safetensors"] * (not weights)
+        files = [name for name in names if not name.endswith(tuple(left_out))]
         return Path(snapshot_download(id, revision=found.sha, allow_patterns=files))
     except LorakitError:
         raise

@@ -160,6 +160,11 @@ def open_folder(folder: Path, *, links_into: Path | None = None) -> Weights:
     return weights
 
 
+def has_weights(folder: Path) -> bool:
+    """Tell whether a folder has files that hold weights, or should not."""
+    return any(path.suffix.lower() in {".safetensors", *PICKLES} for path in folder.iterdir())
+
+
 def refuse_disguises(folder: Path) -> None:
     """Refuse a folder with files that make transformers load something else than the model.
 

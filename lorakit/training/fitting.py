@@ -73,9 +73,14 @@ class Change:
     memory: Memory
 
     @property
+    def overrides(self) -> list[str]:
+        """The change as values of `--set`."""
+        return [f"{key}={str(value).lower()}" for key, value in self.keys.items()]
+
+    @property
     def options(self) -> str:
         """The change as options of the command line."""
-        return " ".join(f"-s {key}={str(value).lower()}" for key, value in self.keys.items())
+        return " ".join(f"-s {one}" for one in self.overrides)
 
     @property
     def exact(self) -> bool:
@@ -87,16 +92,20 @@ def cheapest(shape: Shape, setup: Setup, steps: Steps, free: int, recipe: Recipe
     """Return the change that costs least and makes a run fit into so many bytes, None if none does.
 
     Tried in order, each with all that come before it: smaller micro-batches, recomputed layers,
-    a base in 4 bits, shorter rows.
+    their inputs in host memory, a base in 4 bits, shorter rows.
     """
     quantizations = dict.fromkeys([setup.quantization, setup.quantization or Quantization("nf4")])
     asked = recipe.train.gradient_checkpointing
     longest = recipe.data.max_length
     lengths = [length for n in range(10) if (length := longest >> n) >= SHORTEST or n == 0]
-    for length, how, checkpointing in product(lengths, quantizations, dict.fromkeys([asked, True])):
+    ways: dict[Checkpointing, None] = dict.fromkeys([asked, True])
+    if setup.gpu:
+        ways["offload"] = None
+    for length, how, checkpointing in product(lengths, quantizations, ways):
         split: Steps | None = steps.shortened(length)
+        offload = setup.gpu and checkpointing == "offload"
         while split:
-            tried = replace(setup, quantization=how)
+            tried = replace(setup, quantization=how, offload=offload)
             split, tried = settle(shape, tried, split, free, checkpointing)
             memory = estimate(shape, tried)
             if memory.total <= MARGIN * free:

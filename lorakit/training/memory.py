@@ -38,6 +38,7 @@ class Shape:
         linears: (outputs, inputs) of the weights that can be quantised.
         trained: the shape of each trained tensor.
         hidden: width of the states that the head takes.
+        queries: width of all heads of a layer together.
         vocabulary: rows of the head.
         whole_logits: whether the loss needs the logits of all trained tokens at once.
         dtype: of the base and its activations.
@@ -48,6 +49,7 @@ class Shape:
     linears: tuple[tuple[int, int], ...]
     trained: tuple[tuple[int, ...], ...]
     hidden: int
+    queries: int
     vocabulary: int
     whole_logits: bool
     dtype: torch.dtype
@@ -62,12 +64,14 @@ class Shape:
             id(parameter) for layer in adapters.layers_of(model) for parameter in layer.parameters()
         }
         text = model.config.get_text_config()
+        head = getattr(text, "head_dim", None)
         return cls(
             trace,
             sum(p.numel() for p in model.parameters() if id(p) not in own),
             tuple(linears),
             tuple(tuple(parameter.shape) for parameter in trained),
             text.hidden_size,
+            head * text.num_attention_heads if head else text.hidden_size,
             text.vocab_size,
             plain_head(model) is None,
             model.dtype,

@@ -29,7 +29,10 @@ from lorakit.runtime import Runtime, resolve_dtype
 from lorakit.training import optim
 from lorakit.training.fitting import settle
 from lorakit.training.memory import Memory, Setup, Shape, estimate
+from lorakit.training.speed import Card
 from lorakit.training.trace import Trace, plain_trace, trace
+
+META = torch.device("meta")
 
 
 @dataclass(frozen=True)
@@ -101,9 +104,23 @@ class Plan:
 
 
 def make(
-    recipe: Recipe, runtime: Runtime, permissions: Permissions, *, data: Dataset | None = None
+    recipe: Recipe,
+    runtime: Runtime,
+    permissions: Permissions,
+    *,
+    data: Dataset | None = None,
+    card: Card | None = None,
+    weights: bool = True,
 ) -> Plan:
-    """Work out everything that can be known without weights; `data` stands in for the recipe's.
+    """Work out everything that can be known without weights.
+
+    Args:
+        recipe: what is planned.
+        runtime: where it would run.
+        permissions: of the command line.
+        data: stands in for the recipe's.
+        card: a GPU that stands in for the device that is here.
+        weights: whether the base's weights must be there, since they are to be loaded.
 
     Raises:
         BadInput: when the recipe, the model's files or the data cannot be used.
@@ -116,23 +133,26 @@ def make(
         offline=permissions.offline,
         allow_remote_code=permissions.remote_code,
         cache=cache_folder(),
+        weights=weights,
     )
-    dtype = resolve_dtype(recipe.model.dtype, runtime.device)
+    device = META if card else runtime.device
+    dtype = card.takes(recipe.model.dtype) if card else resolve_dtype(recipe.model.dtype, device)
     skeleton = base_models.skeleton(base, recipe.task, dtype)
     method, sites, coverage = choose(recipe, skeleton)
     base_models.check_attention(recipe.model.attention)
-    optimizer, replaced = optim.resolve(recipe.train, runtime.device)
+    optimizer, replaced = optim.resolve(recipe.train, device)
     tokenizer = base_models.load_tokenizer(base)
     with runtime.main_first():
         dataset = data or prepare_data(recipe, base, tokenizer, permissions)
     # What is saved beside the adapter is the template that its rows were rendered with.
     tokenizer.chat_template = dataset.chat_template
     notices = [*base.notices, *unusual(recipe), *coverage, *dataset.notices, *replaced]
-    if recipe.train.gradient_checkpointing == "offload" and not runtime.lags:
+    gpu = card is not None or runtime.lags
+    if recipe.train.gradient_checkpointing == "offload" and not gpu:
         message = "train.gradient_checkpointing: offload is `true` here: there is no GPU to relieve"
         notices.append(Notice("run.no-offload", message))
     if how := base.stored or Quantization.of(recipe.model):
-        notices += notices_of(skeleton, how, runtime.device)
+        notices += notices_of(skeleton, how, device)
     linears = [(site.outputs, site.inputs) for site in quantizable(skeleton)]
     packing: Packing = recipe.data.packing
     if packing and (reason := _cannot_pack(method, skeleton)):
@@ -150,16 +170,16 @@ def make(
     adapters.attach(method, skeleton, sites, seed=recipe.seed)
     adapters.set_training(skeleton, True)
     longest = max(len(example.ids) for example in dataset.train)
-    traced = _traced(skeleton, recipe, longest, packing, runtime, notices)
+    traced = _traced(skeleton, recipe, longest, packing, gpu, notices)
     shape = Shape.of(skeleton, traced, linears)
-    free = runtime.least_free_bytes()
+    free = card.memory if card else runtime.least_free_bytes()
     setup = Setup(
         steps.micro_batch_tokens,
         share=steps.trained_share,
         quantization=how,
         optimizer=optimizer,
-        offload=runtime.lags and recipe.train.gradient_checkpointing == "offload",
-        gpu=runtime.lags,
+        offload=gpu and recipe.train.gradient_checkpointing == "offload",
+        gpu=gpu,
     )
     steps, setup = settle(shape, setup, steps, free, recipe.train.gradient_checkpointing)
     return Plan(
@@ -224,7 +244,7 @@ def _traced(
     recipe: Recipe,
     longest: int,
     packing: Packing,
-    runtime: Runtime,
+    gpu: bool,
     notices: list[Notice],
 ) -> Trace:
     """Count what the layers keep; roughly, with a notice, where a model cannot be run on meta."""
@@ -233,7 +253,7 @@ def _traced(
     try:
         if not fused or can_pack(skeleton) is None:
             skeleton.set_attn_implementation(NAME if fused else attention)
-        return trace(skeleton, longest, packed=bool(packing), gpu=runtime.lags)
+        return trace(skeleton, longest, packed=bool(packing), gpu=gpu)
     except Exception as error:  # anything that a family's own code may raise
         kind = skeleton.config.model_type
         message = f"{kind} cannot be run without its weights, so its activations are a rough guess"

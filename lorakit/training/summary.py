@@ -2,13 +2,21 @@
 
 from typing import Any
 
-from lorakit.training.memory import GIB
+from lorakit.runtime import DTYPES
+from lorakit.storage.disk import free_space
+from lorakit.training.checkpoint import BYTES_PER_VALUE
+from lorakit.training.memory import GIB, OVERHEAD, Memory
 from lorakit.training.optim import warmup_steps
 from lorakit.training.plan import Plan
+from lorakit.training.progress import duration
+from lorakit.training.speed import Rate, step_flops
+
+# Files of weights are seldom larger.
+SHARD = 5 * 10**9
 
 
-def facts(plan: Plan) -> dict[str, Any]:
-    """Return the plan as `plan.json` and `--json` hold it."""
+def facts(plan: Plan, rate: Rate | None = None) -> dict[str, Any]:
+    """Return the plan as `plan.json` and `--json` hold it; with a rate, the time as well."""
     report = plan.dataset.report
     return {
         "base": plan.base.name,
@@ -31,13 +39,16 @@ def facts(plan: Plan) -> dict[str, Any]:
         "steps": plan.steps.total,
         "tokens": plan.steps.tokens,
         "memory": plan.memory.parts | {"total": plan.memory.total},
+        "host_bytes": host_bytes(plan),
+        "disk": disk_bytes(plan),
+        "seconds": rate and seconds(plan, rate) * plan.steps.total,
         "free_bytes": plan.free_bytes,
         "fits": plan.fits,
         "servable": plan.servable,
     }
 
 
-def lines(plan: Plan) -> list[tuple[str, str]]:
+def lines(plan: Plan, rate: Rate | None = None) -> list[tuple[str, str]]:
     """Return the plan for people: a label and what it says, a pair a line."""
     recipe, report = plan.recipe, plan.dataset.report
     share = 100 * plan.shape.trainable / plan.shape.parameters
@@ -46,8 +57,11 @@ def lines(plan: Plan) -> list[tuple[str, str]]:
         + (f"  rank {g.rank}" if g.rank else "")
         for g in plan.groups
     ]
-    parts = "  ".join(f"{name} {size / GIB:.2f}" for name, size in plan.memory.parts.items())
-    fits = "yes" if plan.fits else "NO"
+    parts = "  ".join(
+        f"{name} {size / GIB:.2f}" for name, size in plan.memory.parts.items() if size
+    )
+    left = (plan.free_bytes - plan.memory.total) / GIB
+    fits = f"yes, {left:.1f} GiB left of" if plan.fits else f"NO, {-left:.1f} GiB more than"
     dtype = str(plan.dtype).removeprefix("torch.")
     held = f"  {plan.quantization}" if plan.quantization else ""
     return [
@@ -67,7 +81,10 @@ def lines(plan: Plan) -> list[tuple[str, str]]:
         ("Steps", _steps(plan)),
         ("", _split(plan)),
         ("Memory", f"{parts}  = {plan.memory.total / GIB:.2f} GiB (estimate)"),
-        ("Fits", f"{fits}, {plan.free_bytes / GIB:.1f} GiB free"),
+        ("Fits", f"{fits} {plan.free_bytes / GIB:.1f} GiB"),
+        *([("Host", f"{host_bytes(plan) / GIB:.2f} GiB beside the GPU")] if plan.setup.gpu else []),
+        ("Disk", _disk(plan)),
+        *([("Time", _time(plan, rate))] if rate else []),
         ("Servable", " · ".join(" ".join(one) for one in plan.servable.items())),
         ("Output", str(recipe.run_folder)),
     ]
@@ -91,3 +108,53 @@ def _split(plan: Plan) -> str:
         f"micro-batches of up to {plan.steps.micro_batch_tokens:,} tokens, "
         f"{some if recomputed else 'no layer'} computed again in the backward pass"
     )
+
+
+def gib(memory: Memory) -> str:
+    """Write a total as people read it."""
+    return f"{memory.total / GIB:.1f} GiB"
+
+
+def seconds(plan: Plan, rate: Rate) -> float:
+    """Return how long a step is expected to take."""
+    steps = plan.steps
+    return (
+        step_flops(plan.shape, plan.setup, steps.tokens / steps.total, steps.squares) / rate.flops
+    )
+
+
+def host_bytes(plan: Plan) -> int:
+    """Return the host memory beside a GPU: libraries, the largest file of weights, what waits."""
+    if not plan.setup.gpu:
+        return plan.memory.total
+    folder = plan.base.folder
+    files = [path.stat().st_size for path in folder.glob("*.safetensors")] if folder else []
+    whole = plan.shape.parameters * plan.dtype.itemsize
+    return OVERHEAD + max(files, default=min(whole, SHARD)) + plan.memory.host
+
+
+def disk_bytes(plan: Plan) -> dict[str, int]:
+    """Return the bytes that the run's folder will take, by part, and what is free there."""
+    recipe, trainable = plan.recipe, plan.shape.trainable
+    # Those that are kept, one more while it is written, and the best.
+    checkpoints = recipe.train.keep_checkpoints + 1 + bool(plan.dataset.eval)
+    dtype = DTYPES.get(recipe.merge.dtype, plan.dtype)
+    return {
+        "checkpoints": checkpoints * BYTES_PER_VALUE * trainable,
+        "adapter": 4 * trainable,
+        "merged": plan.shape.parameters * dtype.itemsize if recipe.merge.enabled else 0,
+        "free": free_space(recipe.run_folder),
+    }
+
+
+def _disk(plan: Plan) -> str:
+    *parts, (_, free) = disk_bytes(plan).items()
+    shown = "  ".join(f"{name} {size / GIB:.2f}" for name, size in parts if size)
+    total = sum(size for _, size in parts)
+    return f"{shown}  = {total / GIB:.2f} GiB, {free / GIB:.1f} GiB free"
+
+
+def _time(plan: Plan, rate: Rate) -> str:
+    step = seconds(plan, rate)
+    each = f"{step:.2g} s" if step < 10 else duration(step)
+    return f"{each} a step, {duration(step * plan.steps.total)} in all (estimate: {rate.source})"

@@ -1,0 +1,126 @@
+"""How long a step takes: its products are counted, their rate is measured or a card's on paper.
+
+A run reaches only a share of either, which is a guess: every time here is an estimate and says so.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from lorakit.errors import BadInput, EnvironmentLacks, one_of
+from lorakit.runtime import DTYPES, Runtime
+from lorakit.training.memory import GIB, Setup, Shape
+
+# What of the rate of large products a whole step reaches. On a CPU 0.68 was seen with fp32 on a
+# Xeon (`scripts/bench/README.md`); on a GPU nothing was measured yet.
+SHARE_OF_MEASURED, SHARE_OF_PUBLISHED = 0.65, 0.5
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU by its maker's data sheet: bytes, and dense 16-bit FLOP/s with fp32 sums."""
+
+    name: str
+    memory: int
+    flops: float | None = None
+    bf16: bool = True
+
+    def takes(self, dtype: str) -> torch.dtype:
+        """Return what `model.dtype` means on it.
+
+        Raises:
+            EnvironmentLacks: when an explicit dtype is not supported.
+        """
+        if dtype == "auto":
+            return torch.bfloat16 if self.bf16 else torch.float16
+        if dtype == "bf16" and not self.bf16:
+            raise EnvironmentLacks(
+                "env.dtype",
+                f"a {self.name} has no native bf16",
+                help="set model.dtype to fp16 or auto",
+            )
+        return DTYPES[dtype]
+
+
+def _card(name: str, gib: int, teraflops: float, *, bf16: bool = True) -> Card:
+    return Card(name, gib * GIB, teraflops * 1e12, bf16)
+
+
+CARDS = {
+    card.name.lower(): card
+    for card in (
+        _card("T4", 16, 65, bf16=False),
+        _card("V100", 32, 125, bf16=False),
+        _card("RTX 3090", 24, 71),
+        _card("RTX 4090", 24, 165),
+        _card("RTX 5090", 32, 210),
+        _card("A10", 24, 125),
+        _card("L4", 24, 121),
+        _card("A6000", 48, 155),
+        _card("L40S", 48, 362),
+        _card("A100-40GB", 40, 312),
+        _card("A100-80GB", 80, 312),
+        _card("H100", 80, 989),
+        _card("H200", 141, 989),
+    )
+}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(GiB|GB|G|MiB|MB)?", re.IGNORECASE)
+_UNITS = {"gib": GIB, "g": GIB, "gb": 10**9, "mib": 2**20, "mb": 10**6}
+
+
+def card(text: str) -> Card:
+    """Return the card that a name or a size of memory means: `L40S`, `24GiB`, `24`.
+
+    Raises:
+        BadInput: when it is neither.
+    """
+    if known := CARDS.get(" ".join(text.lower().split())):
+        return known
+    size = _SIZE.fullmatch(text.strip())
+    if size is None or float(size[1]) == 0:
+        names = one_of(card.name for card in CARDS.values())
+        raise BadInput("usage", f"--gpu {text}: a size such as 24GiB, or {names}")
+    memory = float(size[1]) * _UNITS[(size[2] or "GiB").lower()]
+    return Card(f"{memory / GIB:g} GiB", int(memory))
+
+
+@dataclass(frozen=True)
+class Rate:
+    """FLOP/s that a run is expected to reach, and where the number comes from."""
+
+    flops: float
+    source: str
+
+    @classmethod
+    def of(cls, card: Card) -> "Rate | None":
+        """Return what a card is expected to reach, None where only its memory is known."""
+        if card.flops is None:
+            return None
+        source = f"{SHARE_OF_PUBLISHED:.0%} of the {card.name}'s {card.flops / 1e12:g} TFLOP/s"
+        return cls(SHARE_OF_PUBLISHED * card.flops, f"{source} on paper")
+
+    @classmethod
+    def measured(cls, runtime: Runtime, dtype: torch.dtype) -> "Rate":
+        """Time a product on the device of a run."""
+        found = runtime.product_rate(dtype)
+        source = f"{SHARE_OF_MEASURED:.0%} of {found / 1e9:,.0f} GFLOP/s, measured now"
+        return cls(SHARE_OF_MEASURED * found, source)
+
+
+def step_flops(shape: Shape, setup: Setup, tokens: float, squares: float) -> float:
+    """Return the FLOPs of an optimizer step.
+
+    Args:
+        shape: the adapted model.
+        setup: how it is run.
+        tokens: of the step.
+        squares: the sum of the squared lengths of its rows.
+    """
+    layers = shape.trace.layers
+    products = sum(layer.forward.slope + layer.backward.slope for layer in layers)
+    products += sum(layer.forward.slope for layer in layers[: setup.recomputed])
+    head = 4 * shape.hidden * shape.vocabulary * setup.share
+    # Causal attention: 2 forward and 5 backward for each pair and width, 2 again if recomputed.
+    passes = 7 * len(layers) + 2 * setup.recomputed
+    return tokens * (products + head) + squares * shape.queries * passes

@@ -1,0 +1,145 @@
+"""`lorakit plan --gpu`: from config.json alone, what fits a card and what would make it fit.
+
+The screens are kept in `screens/`; `python -m tests.cli.test_plan_gpu` writes them again.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from lorakit.cli.app import app
+from lorakit.recipe.files import packaged_recipes
+from lorakit.training import summary
+from lorakit.training.speed import CARDS, card
+from tests.tiny import tiny_tokenizer
+from tests.training.shapes import llama
+
+SCREENS = Path(__file__).parent / "screens"
+IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "max_position_embeddings": 4096}
+MODELS = {
+    "llama-7b": (4096, 11008, 32, 32, 32, 32000),
+    "llama-70b": (8192, 28672, 80, 64, 8, 128256),
+}
+# The tiny tokenizer makes rows about four times as long as the model's own would.
+LONG = ["-s", "data.max_length=2048"]
+CASES = {
+    "llama7b-qv-24gib": ("llama-7b", 0, ["--gpu", "24GiB"]),
+    "llama7b-qv-4090": ("llama-7b", 0, ["--gpu", "RTX 4090"]),
+    "llama7b-qv-12gib": ("llama-7b", 1, ["--gpu", "12GiB"]),
+    "llama70b-qv-48gib": ("llama-70b", 1, ["--gpu", "48GiB"]),
+    "llama70b-qv-nf4-48gib": (
+        "llama-70b",
+        0,
+        ["--gpu", "48GiB", "-s", "model.quantization=nf4"],
+    ),
+    "llama70b-qv-h100": ("llama-70b", 1, ["--gpu", "H100"]),
+}
+
+
+def write_model(folder: Path, name: str) -> Path:
+    """Write config.json and a tokenizer, and no weights."""
+    target = folder / name
+    if not target.is_dir():
+        llama(*MODELS[name], **IDS).save_pretrained(target)
+        tiny_tokenizer().save_pretrained(target)
+    return target
+
+
+def shown(folder: Path, name: str) -> tuple[int, str]:
+    """Return the exit code and the screen of a case, without what depends on the machine."""
+    model, _, options = CASES[name]
+    path = write_model(folder, model)
+    arguments = ["plan", "llama7b-qv", "-s", f"model.path={path}", *LONG, *options]
+    ended = CliRunner().invoke(app, arguments)
+    text = ended.stdout.replace(str(packaged_recipes()["llama7b-qv"]), "llama7b-qv.yaml")
+    text += "".join(f"{line}\n" for line in ended.stderr.splitlines() if "plan.will" in line)
+    text += "".join(f"{line}\n" for line in ended.stderr.splitlines() if "help:" in line)
+    return ended.exit_code, text
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(autouse=True)
+def _enough_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(summary, "free_space", lambda _: 500 * 2**30)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_screen_is_the_one_that_was_agreed(models: Path, name: str) -> None:
+    code, text = shown(models, name)
+    assert code == CASES[name][1], text
+    assert text == (SCREENS / f"{name}.txt").read_text(encoding="utf-8")
+
+
+def test_the_recipe_that_is_written_fits(models: Path, tmp_path: Path) -> None:
+    path = write_model(models, "llama-70b")
+    options = ["-s", f"model.path={path}", *LONG, "--gpu", "48GiB"]
+    fitted = tmp_path / "fitted.yaml"
+    ended = CliRunner().invoke(app, ["plan", "llama7b-qv", *options, "--fit", str(fitted)])
+    assert ended.exit_code == 1
+    assert yaml.safe_load(fitted.read_text())["model"]["quantization"] == "nf4"
+    again = CliRunner().invoke(app, ["plan", str(fitted), "--gpu", "48GiB", "--json"])
+    assert again.exit_code == 0, again.stderr
+    plan: dict[str, Any] = json.loads(again.stdout)
+    assert plan["memory"]["total"] <= plan["free_bytes"] == 48 * 2**30
+    taken = CliRunner().invoke(app, ["plan", str(fitted), "--gpu", "48GiB", "--fit", str(fitted)])
+    assert "output.not-empty" in taken.stderr
+
+
+def test_nothing_may_help(models: Path) -> None:
+    path = write_model(models, "llama-70b")
+    options = ["-s", f"model.path={path}", *LONG, "--gpu", "8GiB", "--json"]
+    ended = CliRunner().invoke(app, ["plan", "llama7b-qv", *options])
+    assert ended.exit_code == 1
+    assert "change" not in json.loads(ended.stdout)
+
+
+def test_a_disk_that_is_too_small_is_told(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(summary, "free_space", lambda _: 2**30)
+    path = write_model(models, "llama-7b")
+    arguments = ["-s", f"model.path={path}", *LONG, "--gpu", "24GiB"]
+    ended = CliRunner().invoke(app, ["plan", "llama7b-qv", *arguments])
+    assert ended.exit_code == 1
+    assert "12.8 GiB of disk, 1.0 GiB are there" in ended.stderr
+
+
+def test_a_card_is_a_name_or_a_size() -> None:
+    assert card("24GiB").memory == card("24").memory == 24 * 2**30
+    assert card("24GB").memory == 24 * 10**9
+    assert card(" rtx  4090 ") is CARDS["rtx 4090"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "id"),
+    [
+        (["--gpu", "some"], 2, "usage"),
+        (["--gpu", "0GiB"], 2, "usage"),
+        (["--gpu", "24GiB", "--measure"], 2, "usage"),
+        (["--gpu", "T4"], 4, "env.dtype"),  # the recipe says bf16
+    ],
+)
+def test_what_cannot_be_planned_for(models: Path, arguments: list[str], code: int, id: str) -> None:
+    path = write_model(models, "llama-7b")
+    ended = CliRunner().invoke(
+        app, ["plan", "llama7b-qv", "-s", f"model.path={path}", *arguments, "--json"]
+    )
+    assert ended.exit_code == code
+    assert json.loads(ended.stdout)["error"]["id"] == id
+
+
+if __name__ == "__main__":
+    from tempfile import TemporaryDirectory
+
+    summary.free_space = lambda _: 500 * 2**30
+    SCREENS.mkdir(exist_ok=True)
+    with TemporaryDirectory() as temporary:
+        for case in sys.argv[1:] or CASES:
+            (SCREENS / f"{case}.txt").write_text(shown(Path(temporary), case)[1], encoding="utf-8")
