@@ -10,7 +10,15 @@ import torch
 from lorakit.data.batches import MICRO_BATCH_TOKENS, Steps
 from lorakit.data.tokens import Example
 from lorakit.errors import Place
-from lorakit.training.fitting import ENOUGH_TOKENS, MARGIN, MOST_TOKENS, Checkpointing, settle
+from lorakit.recipe.sections import Recipe
+from lorakit.training.fitting import (
+    ENOUGH_TOKENS,
+    MARGIN,
+    MOST_TOKENS,
+    Checkpointing,
+    cheapest,
+    settle,
+)
 from lorakit.training.memory import Setup, Shape, estimate
 from tests.training.shapes import llama, shape
 
@@ -75,3 +83,49 @@ def test_what_the_recipe_says_stays() -> None:
     assert chosen(needed(1024, 0), False) == (1024, 0)
     assert chosen(1, False) == (512, 0)
     assert chosen(1, "auto", micro_batch_size=2) == (1024, LAYERS)
+
+
+def recipe(**train: Any) -> Recipe:
+    return Recipe.model_validate(
+        {"model": "m", "data": {"train": "rows.jsonl", "max_length": 512}, "train": train}
+    )
+
+
+def test_changes_come_in_the_order_of_what_they_cost() -> None:
+    """Ever less memory: each kind of change comes in once the cheaper ones are not enough."""
+    wide = shape(llama(256, 704, LAYERS, 4, 2, 320), torch.bfloat16, rank=4)
+    written = recipe(micro_batch_size=16, gradient_checkpointing=False, batch_size=64)
+    split = steps(micro_batch_size=16)
+    setup = Setup(split.micro_batch_tokens, gpu=True)
+    most = estimate(wide, setup).total
+    seen: list[str] = []
+    for free in np.linspace(most / MARGIN + 1, estimate(wide, Setup(8, gpu=True)).total, 60):
+        change = cheapest(wide, setup, split, int(free), written)
+        if change is None:
+            continue
+        assert change.memory.total <= MARGIN * free
+        kinds = [f"{k}={v}" for k, v in change.keys.items() if k != "train.micro_batch_size"]
+        kind = " ".join(kinds) or " ".join(change.keys)
+        seen += [kind] if kind not in seen else []
+    order = [
+        "",
+        "train.micro_batch_size",
+        "train.gradient_checkpointing=True",
+        "train.gradient_checkpointing=offload",
+        "model.quantization=nf4",
+    ]
+    found = [kind for kind in seen if kind in order]
+    assert found == [kind for kind in order if kind in found]
+    assert {"", "train.micro_batch_size", "train.gradient_checkpointing=True"} <= set(found)
+    assert any("nf4" in kind for kind in seen)
+
+
+def test_a_host_has_no_host_to_offload_to() -> None:
+    setup = Setup(2048, gpu=False)
+    for free in (1e8, 6.4e8, 6.5e8):
+        change = cheapest(known(), setup, steps(), int(free), recipe())
+        assert change is None or "offload" not in change.options
+
+
+def test_nothing_is_proposed_where_nothing_helps() -> None:
+    assert cheapest(known(), Setup(2048, gpu=True), steps(), 1000, recipe()) is None
