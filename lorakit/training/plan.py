@@ -126,10 +126,9 @@ def make(
         BadInput: when the recipe, the model's files or the data cannot be used.
         EnvironmentLacks: when a hub id needs the network, or the device lacks the dtype.
     """
-    folder = recipe.origin.folder
     base = base_models.find(
         recipe.model,
-        folder,
+        recipe.origin.folder,
         offline=permissions.offline,
         allow_remote_code=permissions.remote_code,
         cache=cache_folder(),
@@ -146,36 +145,23 @@ def make(
         dataset = data or prepare_data(recipe, base, tokenizer, permissions)
     # What is saved beside the adapter is the template that its rows were rendered with.
     tokenizer.chat_template = dataset.chat_template
-    notices = [*base.notices, *unusual(recipe), *coverage, *dataset.notices, *replaced]
+    how = base.stored or Quantization.of(recipe.model)
     gpu = card is not None or runtime.lags
-    if recipe.train.gradient_checkpointing == "offload" and not gpu:
-        message = "train.gradient_checkpointing: offload is `true` here: there is no GPU to relieve"
-        notices.append(Notice("run.no-offload", message))
-    if how := base.stored or Quantization.of(recipe.model):
-        notices += notices_of(skeleton, how, device)
+    packing, unpacked = _packing(recipe, method, skeleton)
+    notices = [*base.notices, *unusual(recipe), *coverage, *dataset.notices, *replaced, *unpacked]
+    notices += notices_of(skeleton, how, device) if how else []
+    notices += _not_here(recipe, gpu=gpu)
     linears = [(site.outputs, site.inputs) for site in quantizable(skeleton)]
-    packing: Packing = recipe.data.packing
-    if packing and (reason := _cannot_pack(method, skeleton)):
-        if "packing" in recipe.data.model_fields_set:
-            raise BadInput(
-                "recipe.conflict",
-                f"data.packing: {reason}",
-                where=recipe.origin.place("data", "packing"),
-            )
-        packing = False
-        notices.append(Notice("run.packing-off", f"rows are padded, not packed: {reason}"))
-    steps = Steps.of(
-        dataset, recipe.train, packing, recipe.seed, runtime, max_length=recipe.data.max_length
-    )
+    longest = recipe.data.max_length
+    steps = Steps.of(dataset, recipe.train, packing, recipe.seed, runtime, max_length=longest)
     adapters.attach(method, skeleton, sites, seed=recipe.seed)
     adapters.set_training(skeleton, True)
     longest = max(len(example.ids) for example in dataset.train)
-    traced = _traced(skeleton, recipe, longest, packing, gpu, notices)
-    shape = Shape.of(skeleton, traced, linears)
+    shape = Shape.of(skeleton, _traced(skeleton, recipe, longest, packing, gpu, notices), linears)
     free = card.memory if card else runtime.least_free_bytes()
     setup = Setup(
         steps.micro_batch_tokens,
-        share=steps.trained_share,
+        steps.trained_share,
         quantization=how,
         optimizer=optimizer,
         offload=gpu and recipe.train.gradient_checkpointing == "offload",
@@ -259,6 +245,31 @@ def _traced(
         message = f"{kind} cannot be run without its weights, so its activations are a rough guess"
         notices.append(Notice("plan.rough-estimate", f"{message} ({type(error).__name__})"))
         return plain_trace(skeleton.config, skeleton.dtype)
+
+
+def _packing(
+    recipe: Recipe, method: Method, skeleton: PreTrainedModel
+) -> tuple[Packing, list[Notice]]:
+    """Return how rows are packed; not, with a notice, where that cannot be and nobody asked.
+
+    Raises:
+        BadInput: when the recipe asks for what cannot be.
+    """
+    reason = _cannot_pack(method, skeleton)
+    if not recipe.data.packing or reason is None:
+        return recipe.data.packing, []
+    if "packing" in recipe.data.model_fields_set:
+        where = recipe.origin.place("data", "packing")
+        raise BadInput("recipe.conflict", f"data.packing: {reason}", where=where)
+    return False, [Notice("run.packing-off", f"rows are padded, not packed: {reason}")]
+
+
+def _not_here(recipe: Recipe, *, gpu: bool) -> list[Notice]:
+    """Return notices on what a device cannot do for a recipe."""
+    if gpu or recipe.train.gradient_checkpointing != "offload":
+        return []
+    message = "train.gradient_checkpointing: offload is `true` here: there is no GPU to relieve"
+    return [Notice("run.no-offload", message)]
 
 
 def _cannot_pack(method: Method, skeleton: PreTrainedModel) -> str | None:
