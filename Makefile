@@ -54,6 +54,7 @@ check: install  ## formatting, lint, types, architecture, freshness of generated
 	$(BIN)/python scripts/make_schema.py --check
 	$(BIN)/python scripts/make_reference.py --check
 	$(BIN)/python scripts/make_support_data.py --check
+	$(BIN)/python scripts/make_memory_table.py --check
 	$(BIN)/python -m pytest --quiet tests/test_architecture.py
 
 test: model check  ## check, then the whole suite; fails without the model unless OFFLINE=1
@@ -65,10 +66,11 @@ faults: install  ## try every fault in full; a stopped run goes on; writes tests
 bench: model  ## measure start-up and the training loop; speed is never a test
 	$(BIN)/python scripts/bench/run.py
 
-generate: install  ## write the generated files again: schema, reference, support data
+generate: install  ## write the generated files again: schema, reference, support data, memory table
 	$(BIN)/python scripts/make_schema.py
 	$(BIN)/python scripts/make_reference.py
 	$(BIN)/python scripts/make_support_data.py
+	$(BIN)/python scripts/make_memory_table.py
 
 clean:  ## remove what make made; runs/ and the cache folder stay
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

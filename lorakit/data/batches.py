@@ -190,6 +190,15 @@ class Steps:
         make = _packed if self._packing else _padded
         return [make(self._examples, some) for some in rows]
 
+    def largest(self) -> Batch:
+        """Return a micro-batch as large as one can become, from the longest rows of an epoch."""
+        units = sorted(self._epoch(0), key=lambda unit: -int(self._lengths[unit].sum()))
+        units = units[: self._batch_size]
+        groups = self._grouped([int(self._lengths[unit].sum()) for unit in units])
+        made = ([int(row) for unit in group for row in units[unit]] for group in groups)
+        make = _packed if self._packing else _padded
+        return max((make(self._examples, rows) for rows in made), key=lambda b: b.input_ids.numel())
+
     def tokens_of(self, index: int) -> tuple[int, int]:
         """Return the tokens, and of them the trained ones, of a step over all processes."""
         rows = np.concatenate(self._units_of(index))

@@ -28,7 +28,7 @@ from lorakit.training.folder import RunFolder
 from lorakit.training.plan import Plan
 from lorakit.training.progress import Reporter, StepRecord
 from lorakit.training.run import Outcome, Pending, Run, outcome, prepare, save, save_adapter
-from lorakit.training.shortage import explained, fell_short, halve, in_a_batch, ran_out
+from lorakit.training.shortage import explained, fell_short, halve, in_a_batch, probe, ran_out
 
 
 def train(
@@ -43,6 +43,7 @@ def train(
     """
     with explained(plan):
         run = prepare(plan, runtime, folder, reporter, stop)
+        probe(run)
         folder.at_work = True
         with stop:
             carry_out(run)

@@ -7,6 +7,8 @@ import torch
 
 from lorakit.data.batches import Batch
 from lorakit.errors import RunFailed
+from lorakit.model.loss import token_loss
+from lorakit.scoring import put
 from lorakit.training.fitting import cheapest
 from lorakit.training.memory import GIB
 from lorakit.training.plan import Plan
@@ -55,6 +57,43 @@ def out_of_memory(plan: Plan, what: str) -> RunFailed:
         f"{what} (planned, in GiB: {parts}); the last checkpoint is intact",
         help=help,
     )
+
+
+def probe(run: Run) -> None:
+    """Try the largest micro-batch on a GPU before the first step, where its size was our choice.
+
+    Halves it until it fits, and keeps nothing: gradients are zero again, and each step seeds its
+    own generators. What the optimizer will need is held meanwhile.
+
+    Raises:
+        RunFailed: when a single row is too much.
+    """
+    if not (run.runtime.lags and run.plan.steps.by_tokens) or run.folder.resume:
+        return
+    while True:
+        batch = run.plan.steps.largest()
+        if not _runs(run, batch):
+            run.gradients.short += 1
+        short = bool(run.runtime.sum(run.gradients.short))
+        run.gradients.zero()
+        run.runtime.release()
+        if not short:
+            return
+        halve(run, run.state.step, batch)
+
+
+def _runs(run: Run, batch: Batch) -> bool:
+    """Tell whether a micro-batch goes forward and backward in the memory that there is."""
+    states = run.plan.memory.parts["optimizer"]
+    try:
+        held = torch.empty(states, dtype=torch.uint8, device=run.runtime.device)
+        torch.autograd.backward(token_loss(run.model, put(batch, run.runtime.device)))
+        del held
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        return False
+    return True
 
 
 def in_a_batch(run: Run, index: int, batch: Batch) -> RunFailed:

@@ -97,7 +97,9 @@ def test_steps_are_as_many_as_planned(keys: dict[str, Any]) -> None:
     made = [steps.step(number) for number in range(steps.total)]
     assert all(made)
     assert sum(batch.tokens for step in made for batch in step) == steps.tokens
+    largest = steps.largest().input_ids.numel()
     assert max(b.input_ids.numel() for step in made for b in step) <= steps.micro_batch_tokens
+    assert largest <= steps.micro_batch_tokens
     if keys["packing"] != "dense":
         sizes = [sum(len(batch.rows) for batch in step) for step in made]
         assert all(n == size for k, n in enumerate(sizes, 1) if k % steps.per_epoch)

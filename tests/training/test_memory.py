@@ -1,5 +1,7 @@
 """The estimate of a step's memory: against real allocations, and against published numbers."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -17,6 +19,7 @@ from lorakit.model.quantized import Quantization, QuantizedLinear
 from lorakit.model.quantizer import quantize
 from lorakit.training.memory import GIB, Setup, estimate, optimizer_bytes, weight_bytes
 from lorakit.training.trace import Account
+from tests.source_tree import ROOT
 from tests.training.shapes import adapted, llama, shape
 
 ROWS, LENGTH = 6, 64
@@ -180,3 +183,10 @@ def test_8_bit_states_spare_small_tensors() -> None:
     assert optimizer_bytes(known, "paged_adamw_32bit") == optimizer_bytes(known, "adamw")
     assert optimizer_bytes(known, "adafactor") == 4 * sum(sum(t) for t in known.trained)
     assert sum(map(prod, known.trained)) == known.trainable
+
+
+@pytest.mark.slow  # six bases, up to 70B, on meta
+def test_the_table_of_the_readme_is_fresh() -> None:
+    command = [sys.executable, "scripts/make_memory_table.py", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from lorakit.cli.app import app
 from lorakit.errors import RunFailed
-from lorakit.training import loop
+from lorakit.runtime import Runtime
+from lorakit.training import loop, shortage
 from tests.training.test_loop import carry_out, folder, largest_difference
 
 __all__ = ["folder"]
@@ -86,6 +87,29 @@ def test_halving_ends_at_a_single_row(
     with little_memory(monkeypatch, 0), pytest.raises(RunFailed, match="step 1") as caught:
         carry_out(folder, tmp_path / "run", on_oom="halve")
     assert caught.value.id == "run.out-of-memory"
+
+
+def test_a_gpu_is_tried_before_the_first_step(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU that says of itself what a GPU does; nothing of the trial may be left in the run."""
+    _, records, expected = carry_out(folder, tmp_path / "whole")
+    monkeypatch.setattr(Runtime, "lags", True)
+    real = shortage.token_loss
+
+    def limited(model: Any, batch: Any) -> torch.Tensor:
+        loss = real(model, batch)
+        if batch.input_ids.numel() > 60:
+            raise torch.OutOfMemoryError
+        return loss
+
+    monkeypatch.setattr(shortage, "token_loss", limited)
+    _, found, tensors = carry_out(folder, tmp_path / "tried")
+    noted = facts(tmp_path / "tried")
+    assert noted["micro_batch_tokens"] <= 60
+    assert {entry["step"] for entry in noted["halved"]} == {1}
+    assert [r.loss for r in found] == pytest.approx([r.loss for r in records], rel=1e-5)
+    assert largest_difference(expected, tensors) < 1e-3
 
 
 def test_another_error_stays_what_it_is(
