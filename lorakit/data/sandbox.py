@@ -1,19 +1,20 @@
 """Chat templates run where they can neither reach the process nor fill its memory.
 
 A template is a program that comes with a model, so it is a stranger's. It gets plain data, an
-immutable sandbox and bounds on the operations that make much of little.
+immutable sandbox and bounds on the operations that make much of little; what slips through those
+meets the limits of the process that it runs in (`confined`).
 """
 
 import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import date
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from jinja2 import TemplateError, TemplateSyntaxError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
-from jinja2.filters import do_indent
+from jinja2.filters import do_indent, do_round
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
@@ -25,6 +26,7 @@ MAX_SOURCE = 64 << 10
 MAX_LENGTH = 1 << 20  # of a text or list made by an operator
 MAX_BITS = 4096  # of a whole number made by an operator
 MAX_INDENT = 64
+MAX_PRECISION = 32  # digits that `round` keeps
 
 # A clock would make the training tokens depend on the day; this is the day that Llama 3's own
 # template falls back to.
@@ -35,7 +37,16 @@ _FILTERS = """
     last length list lower map max min reject rejectattr replace reverse round safe select
     selectattr slice sort string striptags sum title trim unique upper urlencode wordcount
 """.split()
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _WIDE_FORMAT = re.compile(r"%[^a-zA-Z%]*(?:\d{4}|\*)")
+
+
+_LOADING: tuple[type[nodes.Node], ...] = (
+    nodes.Include,
+    nodes.Import,
+    nodes.FromImport,
+    nodes.Extends,
+)
 
 
 class _Limit(Exception):
@@ -103,14 +114,20 @@ class Template:
         self.source = source
         self._variables = dict(variables)
         try:
-            self._compiled = _environment().from_string(source)
+            environment = _environment()
+            if any(environment.parse(source).find(kind) for kind in _LOADING):
+                raise SecurityError("it loads another template")
+            self._compiled = environment.from_string(source)
         except TemplateSyntaxError as error:
             message = f"the chat template cannot be read: line {error.lineno}: {error.message}"
-            raise BadInput("template.syntax", message) from None
+            raise BadInput("template.syntax", printable(message, 400)) from None
         except SecurityError as error:
             raise _unsafe(error) from None
-        except (RecursionError, OverflowError) as error:
-            raise _limit(str(error)) from None
+        except (_Limit, RecursionError, OverflowError, MemoryError) as error:
+            raise _limit(error) from None
+        except Exception as error:  # of constants that jinja computes, or of Python's own compiler
+            message = f"the chat template cannot be read: {error}"
+            raise BadInput("template.syntax", printable(message, 400)) from None
 
     def render(self, messages: Sequence[Mapping[str, str]], *, generation: bool) -> str:
         """Return the text of the messages; with `generation`, up to where an answer would begin.
@@ -137,14 +154,18 @@ class Template:
         except SecurityError as error:
             raise _unsafe(error) from None
         except (_Limit, OverflowError, RecursionError, MemoryError) as error:
-            raise _limit(str(error)) from None
+            raise _limit(error) from None
         except Exception as error:
             # Whatever else a template's own code runs into is its word on these messages.
             said = error.message if isinstance(error, TemplateError) else None
             said = printable(said or f"{type(error).__name__}: {error}", 200)
             message = f"the chat template refuses the conversation: {said}"
             raise BadInput("data.template-refused", message) from None
-        return "".join(parts)
+        text = "".join(parts)
+        if _SURROGATE.search(text):
+            message = "the chat template makes half of a surrogate pair, which is no text"
+            raise BadInput("data.template-refused", message)
+        return text
 
 
 def _environment() -> _Sandbox:
@@ -156,6 +177,7 @@ def _environment() -> _Sandbox:
         name: function for name, function in environment.filters.items() if name in _FILTERS
     }
     environment.filters |= {"tojson": _tojson, "indent": _indent, "format": _format}
+    environment.filters["round"] = _round
     del environment.globals["lipsum"]
     environment.globals |= {
         "raise_exception": _raise_exception,
@@ -194,6 +216,14 @@ def _indent(text: str, width: int = 4, first: bool = False, blank: bool = False)
     return do_indent(text, width, first, blank)
 
 
+def _round(
+    value: Any, precision: int = 0, method: Literal["common", "ceil", "floor"] = "common"
+) -> float:
+    if abs(precision) > MAX_PRECISION:
+        raise _Limit(f"round: {precision} digits, at most {MAX_PRECISION}")
+    return do_round(value, precision, method)
+
+
 def _format(pattern: str, *values: Any) -> str:
     if _WIDE_FORMAT.search(pattern):
         raise _Limit("format: a field is too wide")
@@ -205,5 +235,6 @@ def _unsafe(error: SecurityError) -> BadInput:
     return BadInput("template.unsafe", f"the chat template does something unsafe: {said}")
 
 
-def _limit(said: str) -> BadInput:
+def _limit(error: Exception | str) -> BadInput:
+    said = str(error) or "it takes too much memory"  # a MemoryError says nothing
     return BadInput("template.limit", f"the chat template goes beyond a limit: {said}")

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from lorakit.data.confined import ConfinedTemplate
 from lorakit.data.formats import Conversation, Message
 from lorakit.data.sandbox import MAX_SOURCE
-from lorakit.errors import BadInput, one_of
+from lorakit.errors import BadInput, Place, one_of
 from lorakit.storage.disk import storage_errors
 from lorakit.storage.paths import open_regular
 from lorakit.storage.redact import printable
@@ -145,7 +145,12 @@ class Renderer:
         if source is not None and chat_template in TEMPLATES and self.special.bos:
             source = "{{ bos_token }}" + source
         variables = tokenizer.special_tokens_map
-        self.template = None if source is None else ConfinedTemplate(source, variables)
+        try:
+            self.template = None if source is None else ConfinedTemplate(source, variables)
+        except BadInput as error:
+            own = chat_template == "auto"
+            error.where = Place(tokenizer.name_or_path if own else str(folder / chat_template))
+            raise
 
     def render(self, conversation: Conversation) -> Rendered:
         """Return the pieces of a conversation, through its last answer.

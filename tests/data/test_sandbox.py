@@ -38,7 +38,7 @@ TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
         ("{{ raise_exception('not like this') }}", "data.template-refused"),
         ("{{ messages[7].role.x }}", "data.template-refused"),
         ("{{ 1 / 0 }}", "data.template-refused"),
-        ("{% include 'other' %}", "data.template-refused"),
+        ("{% include 'other' %}", "template.unsafe"),
         ("{{ lipsum() }}", "data.template-refused"),
     ],
 )
