@@ -16,11 +16,12 @@ from torch import Tensor
 from lorakit.data.packing import pack, padded_groups
 from lorakit.data.prepare import Dataset
 from lorakit.data.tokens import MASKED, Example, Examples
-from lorakit.errors import Place
+from lorakit.errors import BadInput, Place
 from lorakit.recipe.sections import Train
 from lorakit.runtime import Runtime
 
 MICRO_BATCH_TOKENS = 2048
+MOST_REPEATED = 10_000_000  # rows of an epoch that weights may make of fewer
 
 Packing = bool | Literal["dense"]
 # What a permutation is for; each use has numbers of its own.
@@ -257,6 +258,13 @@ def permutation(n: int, seed: int, epoch: int, use: int) -> NDArray[np.int64]:
 
 def _repeated(weights: Sequence[float], seed: int) -> NDArray[np.int64]:
     """Return the rows of an epoch, each as often as its weight says."""
+    if sum(weights) > max(len(weights), MOST_REPEATED):
+        raise BadInput(
+            "recipe.out-of-range",
+            f"data.train: the weights make {sum(weights):,.0f} rows an epoch of {len(weights):,}; "
+            f"at most {MOST_REPEATED:,} are taken",
+            help="a weight is how often each row of a source is seen in an epoch",
+        )
     every = np.asarray(weights)
     parts = []
     for weight in np.unique(every):

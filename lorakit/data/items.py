@@ -68,7 +68,7 @@ def read(
     def items(sources: Sequence[Source], first: int) -> list[Item]:
         found = []
         for number, source in enumerate(sources, first):
-            format = _named(source, section.format, folder, allow_local_code, notices)
+            format = _named(source, section.format, allow_local_code, notices)
             loaded = load(source, number, folder=folder, offline=offline)
             found += _conversations(loaded, _fitting(format, loaded), notices)
             digests[source.path] = loaded.sha256
@@ -107,19 +107,15 @@ def split(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item], l
 
 
 def _named(
-    source: Source, default: str, folder: Path, allow_local_code: bool, notices: list[Notice]
+    source: Source, default: str, allow_local_code: bool, notices: list[Notice]
 ) -> Format | None:
     """Return the format that the recipe names for a source; None for `auto`."""
     name = source.format or default
-    try:
-        if ":" in name:
-            format, notice = user_code.load(name, allowed=allow_local_code)
-            notices.append(notice)
-            return format
-        return None if name == "auto" else formats.find(name)
-    except BadInput as error:
-        error.where = Place(str(folder / source.path))
-        raise
+    if ":" in name:
+        format, notice = user_code.load(name, allowed=allow_local_code)
+        notices.append(notice)
+        return format
+    return None if name == "auto" else formats.find(name)
 
 
 def _fitting(format: Format | None, loaded: Loaded) -> Format:

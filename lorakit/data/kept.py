@@ -35,6 +35,7 @@ class Kept:
     spelled: list[Place] = field(default_factory=list)
     inconsistent: Faults = field(default_factory=Faults)
     refused: Faults = field(default_factory=Faults)
+    hidden: bool = False  # an answer that is not empty has left no trace in the rendered text
     longest: int = 0
     longest_prompt: int = 0
     read: int = 0
@@ -74,6 +75,10 @@ class Kept:
             self.spelled.append(item.place)
         if not example.trained:
             self.dropped[EMPTY].append(item.place)
+            self.hidden |= any(
+                m.role == "assistant" and m.trained and m.content.strip()
+                for m in item.conversation.messages[1:]
+            )
             return
         if length > self.max_length:
             if self.section.too_long != "truncate":
@@ -125,6 +130,8 @@ class Kept:
         counts = "; ".join(f"{reason}: {len(rows):,}" for reason, rows in self.dropped.items())
         message = f"no tokens to learn in any of {self.read:,} rows of {self.name} ({counts})"
         help = "every answer is empty: check the columns" if reasons == {EMPTY} else None
+        if self.hidden:
+            help = "the chat template leaves the answers out; `lorakit data preview` shows the rows"
         if CUT_AWAY in reasons:
             message += (
                 f": length, for prompts alone use up to {self.longest_prompt:,} "

@@ -6,6 +6,7 @@ Every row knows its file and line. Nothing is coerced: a number stays a number.
 import csv
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,14 +22,20 @@ from lorakit.storage.disk import storage_errors
 from lorakit.storage.hashing import sha256_file, sha256_json
 from lorakit.storage.paths import open_regular
 from lorakit.storage.redact import printable
+from lorakit.storage.text import MAX_BYTES
 
 MAX_JSON_BYTES = 1 << 30
+# Of a parquet file: rows that may take less than a byte each, and how often its bytes may repeat.
+MOST_REPEATED_ROWS = 100_000
+MOST_EXPANDED = 100
 
-Numbered = tuple[int | None, dict[str, Any]]
+Numbered = tuple[int, dict[str, Any]]  # by the line, or by the row where there are no lines
 
 _PACKED = (".gz", ".zst", ".xz", ".bz2", ".zip", ".tar", ".tgz")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
-_SPLIT = re.compile(r"(?P<name>[\w.-]*)(?:\[(?P<from>-?\d+%?)?:(?P<to>-?\d+%?)?\])?")
+_SPLIT = re.compile(
+    r"(?P<name>[\w.-]*)(?:\[(?P<from>-?[0-9]{1,18}%?)?:(?P<to>-?[0-9]{1,18}%?)?\])?"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,24 +63,38 @@ def load(source: Source, number: int, *, folder: Path, offline: bool) -> Loaded:
         BadInput: when the file is missing, of another kind, or has a row that cannot be read.
         EnvironmentLacks: `env.offline` for a hub id without network.
     """
-    path = folder / source.path
-    if _is_hub_id(source.path, folder):
+    path = folder / os.path.expanduser(source.path)
+    on_hub = _is_hub_id(source.path, folder)
+    if on_hub:
         rows, digest = _from_hub(source, offline)
     else:
-        rows = list(islice(_reader(path)(path), _needed(source)))
-        rows, digest = rows[_slice(source, len(rows))], sha256_file(path)
+        found = list(islice(_reader(path)(path), _needed(source)))
+        rows, digest = found[_slice(source, len(found))], sha256_file(path)
+        if found and not rows:
+            message = f"the split {source.split} leaves none of {len(found):,} rows"
+            raise BadInput("data.empty", message, where=str(path))
     if not rows:
         raise BadInput("data.empty", "the file is empty: it has no rows", where=str(path))
     taken = rows[: source.max_samples]
-    name = str(path) if path.exists() else source.path
+    name = source.path if on_hub else str(path)
     return Loaded(
         source, tuple(Row(value, Place(name, line), number) for line, value in taken), digest
     )
 
 
+def check_found(source: Source, folder: Path) -> None:
+    """Check that a source that will be read later is there: a file of a kind that is known.
+
+    Raises:
+        BadInput: as `load` does.
+    """
+    if not _is_hub_id(source.path, folder):
+        _reader(folder / os.path.expanduser(source.path))
+
+
 def _is_hub_id(path: str, folder: Path) -> bool:
     """Tell whether a path is neither there nor named like a file, nor in a folder that is there."""
-    found = (folder / path).exists() or (folder / path.partition("/")[0]).exists()
+    found = any(os.path.exists(folder / one) for one in (path, path.partition("/")[0]))
     like_a_file = Path(path).suffix.lower() in (*_READERS, *_PACKED, ".py", ".txt")
     return not found and not like_a_file and bool(_HUB_ID.fullmatch(path))
 
@@ -163,6 +184,10 @@ def _csv(path: Path) -> Iterator[Numbered]:
         offset = error.start - content.rfind(b"\n", 0, error.start) - 1
         message = f"not UTF-8: byte offset {offset} of the line is 0x{content[error.start]:02x}"
         raise BadInput("data.encoding", message, where=Place(str(path), line)) from None
+    if (at := text.find("\0")) >= 0:
+        place = Place(str(path), text.count("\n", 0, at) + 1)
+        raise BadInput("data.syntax", "a NUL byte, which no text holds", where=place)
+    csv.field_size_limit(MAX_BYTES)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] = []
     line = 1
@@ -192,12 +217,27 @@ def _parquet(path: Path) -> Iterator[Numbered]:
     # Half a second to import, for this kind of file alone; it comes with `datasets`.
     parquet = import_module("pyarrow.parquet")
     try:
-        rows = parquet.read_table(path, memory_map=False).to_pylist()
+        with parquet.ParquetFile(path, memory_map=False) as file:
+            _check_expanded(file.metadata, path)
+            rows = file.read().to_pylist()
     except (ValueError, OSError) as error:  # Arrow's own errors are subclasses
-        message = f"not parquet: {printable(str(error))}"
+        message = f"not parquet: {printable(' '.join(str(error).split()), 200)}"
         raise BadInput("data.syntax", message, where=str(path)) from None
-    for row in rows:
-        yield None, row
+    yield from enumerate(rows, 1)
+
+
+def _check_expanded(metadata: Any, path: Path) -> None:
+    """Refuse a few bytes that stand for very much: repeated values cost nothing in the file.
+
+    Raises:
+        BadInput: `data.too-large`.
+    """
+    size = path.stat().st_size
+    rows = metadata.num_rows
+    expanded = sum(metadata.row_group(at).total_byte_size for at in range(metadata.num_row_groups))
+    if rows > max(size, MOST_REPEATED_ROWS) or expanded > max(MOST_EXPANDED * size, MAX_BYTES):
+        message = f"{size:,} bytes that stand for {rows:,} rows of {expanded:,} bytes"
+        raise BadInput("data.too-large", message, where=str(path), help="write it as .jsonl")
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Numbered]]] = {
@@ -232,7 +272,7 @@ def _from_hub(source: Source, offline: bool) -> tuple[list[Numbered], str]:
         ) from None
     needed = range(min(len(table), source.max_samples or len(table)))
     rows = list(table.select(needed))
-    return [(None, row) for row in rows], sha256_json(repr(rows))
+    return list(enumerate(rows, 1)), sha256_json(repr(rows))
 
 
 def _needed(source: Source) -> int | None:

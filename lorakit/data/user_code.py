@@ -34,7 +34,7 @@ def load(name: str, *, allowed: bool) -> tuple[Format, Notice]:
     def read(row: Mapping[str, Any]) -> Conversation:
         try:
             result = function(dict(row))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             message = f"{name} raised {type(error).__name__}: {printable(str(error), 200)}"
             raise BadInput("data.format-failed", message) from error
         if isinstance(result, Conversation):
@@ -58,7 +58,7 @@ def _imported(name: str) -> Callable[[dict[str, Any]], Any]:
     sys.path.insert(0, here)
     try:
         found = getattr(importlib.import_module(module), function, None)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         said = printable(f"{type(error).__name__}: {error}", 200)
         message = f"data.format: cannot import '{module}': {said}"
         help = "modules come from the working folder or from what is installed"

@@ -131,10 +131,10 @@ def kind_of(mode: int) -> str:
 
 def _not_found(path: Path, family: str) -> LorakitError:
     try:
-        near = get_close_matches(path.name, os.listdir(path.parent), n=3)
+        others = [name for name in os.listdir(path.parent) if name != path.name]
+        near = get_close_matches(path.name, others, n=3)
     except (OSError, ValueError):
         near = []
     help = f"near it there is {one_of(map(printable, near))}" if near else None
-    return file_error(
-        family, "not-found", "there is no such file", where=printable(str(path), 500), help=help
-    )
+    message = "the link leads nowhere" if os.path.islink(path) else "there is no such file"
+    return file_error(family, "not-found", message, where=printable(str(path), 500), help=help)
