@@ -25,7 +25,7 @@ Targets = (
 )
 Layers = (
     Literal["all"]
-    | Annotated[str, Field(pattern=r"^[0-9]+-[0-9]+$", examples=["8-31"])]
+    | Annotated[str, Field(pattern=r"^[0-9]{1,6}-[0-9]{1,6}$", examples=["8-31"])]
     | Annotated[
         tuple[Annotated[int, Field(ge=0, strict=True)], ...], Field(min_length=1, strict=False)
     ]
@@ -180,6 +180,10 @@ class Method:
         for layer in layers_of(model):
             named.update(layer.tensors())
         return named
+
+    def positions(self) -> int:
+        """Return how many of the model's positions the adapter itself takes."""
+        return 0
 
     def servable(self, sites: Sequence[Site]) -> dict[str, str]:
         """Return for each program that serves adapters `yes`, with what it needs, or `no: why`."""

@@ -106,6 +106,10 @@ class Prefix(Method):
         "num_transformer_submodules": (1, None),
     }
 
+    def positions(self) -> int:
+        """Return the length of the prefix, which the tokens' own positions begin at."""
+        return self.settings.tokens
+
     def sites(self, candidates: Sequence[Site]) -> list[Site]:
         """Return the modules that compute keys and values.
 

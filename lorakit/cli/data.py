@@ -132,7 +132,7 @@ def _opened(
     from lorakit.environment import cache_folder
     from lorakit.model import base
 
-    loaded = read_recipe(recipe, changes)
+    loaded = read_recipe(screen, recipe, changes)
     found = base.find(
         loaded.model,
         loaded.origin.folder,

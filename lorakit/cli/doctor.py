@@ -100,7 +100,7 @@ def _recipe(
     from lorakit.errors import LorakitError
     from lorakit.model import base
 
-    recipe = read_recipe(name, changes)
+    recipe = read_recipe(screen, name, changes)
     try:
         found = base.find(
             recipe.model,

@@ -64,7 +64,7 @@ def eval(
     from lorakit.evaluation.run import evaluate
 
     started = time.monotonic()
-    loaded = read_recipe(recipe, changes)
+    loaded = read_recipe(screen, recipe, changes)
     place = None if base_only else adapter or loaded.run_folder / "adapter"
     subject = opened(screen, loaded, place, allow_remote_code=allow_remote_code)
     task = task_of(screen, loaded, subject, limit, allow_local_code=allow_local_code)

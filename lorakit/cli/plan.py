@@ -54,7 +54,7 @@ def plan(
     runtime = start()
 
     def planned(extra: list[str]) -> "Plan":
-        loaded = read_recipe(recipe, [*(changes or ()), *extra])
+        loaded = read_recipe(screen, recipe, [*(changes or ()), *extra])
         return make(loaded, runtime, permissions, card=target, weights=measure)
 
     made = planned([])

@@ -4,26 +4,29 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lorakit import adapters, environment
-from lorakit.cli.screen import usage
+from lorakit.cli.screen import Screen, usage
 from lorakit.recipe.reader import read
 from lorakit.recipe.sections import Recipe
 
 FOLDER = Path("recipes")
 
 
-def read_recipe(argument: str, overrides: Sequence[str] | None) -> Recipe:
+def read_recipe(screen: Screen, argument: str, overrides: Sequence[str] | None) -> Recipe:
     """Read a recipe with its overrides; without an argument take the only one in `recipes/`.
+
+    From here on the screen knows where the keys stand that an error names.
 
     Raises:
         BadInput: when there is no recipe to take, or the recipe has problems.
     """
-    return read(
+    screen.recipe = read(
         argument or _only_recipe(),
         adapters.settings_for,
         list(overrides or ()),
         environ=environment.all_variables(),
         foreign=adapters.foreign,
     )
+    return screen.recipe
 
 
 def _only_recipe() -> str:

@@ -28,11 +28,13 @@ from lorakit.errors import (
     RecipeError,
 )
 from lorakit.processes import Signalled, end_by, raising_on_signals
-from lorakit.storage.disk import append_line
-from lorakit.storage.redact import redact
+from lorakit.storage.disk import append_line, storage_error
+from lorakit.storage.redact import printable, redact
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from lorakit.recipe.sections import Recipe
 
 RecipeArgument = Annotated[
     str, typer.Argument(help="A recipe file, or the name of a packaged recipe.")
@@ -82,6 +84,7 @@ class Screen:
         self.out = Console(sys.stdout, plain=plain, forced=forced)
         self.err = Console(sys.stderr, plain=plain, forced=forced)
         self.notices: list[Notice] = []
+        self.recipe: Recipe | None = None  # once it is read
         self._log: Path | None = None
         self._unlogged: list[str] = []
 
@@ -102,7 +105,7 @@ class Screen:
 
     def say(self, text: str) -> None:
         """Write one line of progress on stderr."""
-        text = self._clean(text)
+        text = self._clean(_visible(text))
         self._note(text)
         if not self.quiet:
             self.err.write_line(text)
@@ -166,9 +169,11 @@ class Screen:
         """Show an error and, with `--json`, write its document."""
         problems = error.problems if isinstance(error, RecipeError) else (error,)
         for problem in problems:
+            if self.recipe and not problem.where:
+                problem.where = self.recipe.place_of(problem.message)
             if isinstance(error, RecipeError):
-                text = f"{problem.where}: {problem.message}"
-                text += f"; {problem.help}" if problem.help else ""
+                text = _visible(f"{problem.where}: {problem.message}")
+                text += f"; {_visible(problem.help)}" if problem.help else ""
             else:
                 text = _block(f"error[{problem.id}]", problem.message, problem.where, problem.help)
             text = self._clean(text)
@@ -288,6 +293,12 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             # The reader of stdout has gone; nobody is left to tell.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
+        except OSError as error:
+            # The file system's answer to what somebody gave: no bug, wherever it came up.
+            told = storage_error(error, Path(os.fsdecode(error.filename or ".")))
+            screen.trace(error)
+            screen.fail(told)
+            raise typer.Exit(told.exit_code) from None
         except Exception as error:
             screen.trace(error)
             screen.fail_unforeseen(error)
@@ -313,4 +324,9 @@ def _block(head: str, message: str, where: object, help: str | None) -> str:
         lines.append(f"  where: {where}")
     if help:
         lines.append(f"  help:  {help}")
-    return "\n".join(lines)
+    return "\n".join(map(_visible, lines))
+
+
+def _visible(text: str) -> str:
+    """Return a text that cannot move the cursor or hide: names come from files and strangers."""
+    return printable(text, 12 * len(text) + 1)

@@ -76,7 +76,7 @@ def train(
     from lorakit.cli.running import run
     from lorakit.training.plan import Permissions
 
-    loaded = read_recipe(recipe, overrides)
+    loaded = read_recipe(screen, recipe, overrides)
     permissions = Permissions(screen.offline, allow_local_code, allow_remote_code)
     result = run(
         screen,

@@ -37,7 +37,6 @@ _FILTERS = """
     last length list lower map max min reject rejectattr replace reverse round safe select
     selectattr slice sort string striptags sum title trim unique upper urlencode wordcount
 """.split()
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _WIDE_FORMAT = re.compile(r"%[^a-zA-Z%]*(?:\d{4}|\*)")
 
 
@@ -161,11 +160,7 @@ class Template:
             said = printable(said or f"{type(error).__name__}: {error}", 200)
             message = f"the chat template refuses the conversation: {said}"
             raise BadInput("data.template-refused", message) from None
-        text = "".join(parts)
-        if _SURROGATE.search(text):
-            message = "the chat template makes half of a surrogate pair, which is no text"
-            raise BadInput("data.template-refused", message)
-        return text
+        return "".join(parts)
 
 
 def _environment() -> _Sandbox:

@@ -26,6 +26,8 @@ from lorakit.storage.redact import printable
 # they stay text, and before a piece that goes on in the middle of a text; its tokens are dropped.
 BREAK = "\ufdd0"
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
 TEMPLATES = {
     "chatml": (
         "{% for message in messages %}"
@@ -201,7 +203,7 @@ class Renderer:
             {"role": message.role, "content": self.special.broken(message.content)}
             for message in messages[: last + 1]
         ]
-        whole = template.render(turns, generation=False)
+        whole = _rendered(template, turns, generation=False)
         pieces: list[Piece] = []
         at, everything = 0, self._train_on == "all"
         for k in answers if self._train_on == "completions" else [last]:
@@ -226,7 +228,7 @@ class Renderer:
         generation: bool = False,
     ) -> str:
         """Render some first turns, which must begin what all turns render to."""
-        text = template.render(turns, generation=generation)
+        text = _rendered(template, turns, generation=generation)
         if whole.startswith(text):
             return text
         ids, all_ids = (self._tokenizer.encode(t, add_special_tokens=False) for t in (text, whole))
@@ -244,6 +246,16 @@ class Renderer:
     def _token(self, ids: list[int], at: int) -> str:
         token = "".join(self._tokenizer.decode(ids[at : at + 1]))
         return f"'{printable(token)}'" if at < len(ids) else "none"
+
+
+def _rendered(
+    template: ConfinedTemplate, turns: Sequence[Mapping[str, str]], *, generation: bool
+) -> str:
+    text = template.render(turns, generation=generation)
+    if _SURROGATE.search(text):
+        message = "the chat template makes half of a surrogate pair, which is no text"
+        raise BadInput("data.template-refused", message)
+    return text
 
 
 def _source(chosen: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> str | None:

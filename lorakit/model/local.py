@@ -1,9 +1,11 @@
 """Models on this machine: the folder or file that a recipe's path means."""
 
+import os
 from pathlib import Path
 
 from lorakit.errors import BadInput
 from lorakit.model import hub
+from lorakit.storage.redact import printable
 
 
 def place(path: str, recipe_folder: Path, cache: Path) -> Path | None:
@@ -12,14 +14,15 @@ def place(path: str, recipe_folder: Path, cache: Path) -> Path | None:
     Raises:
         BadInput: `model.not-found` when there is something else.
     """
-    wanted = Path(path).expanduser()
+    wanted = Path(os.path.expanduser(path))
     places = [recipe_folder / wanted]
     if not wanted.is_absolute() and ".." not in wanted.parts:
         places.append(cache / "models" / wanted)
     for one in places:
-        if one.is_dir() or (one.is_file() and one.suffix == ".gguf"):
+        # Not Path's own questions: a name that is too long is an answer, not an error.
+        if os.path.isdir(one) or (os.path.isfile(one) and one.suffix == ".gguf"):
             return one
-    if places[0].exists():
+    if os.path.exists(places[0]):
         raise BadInput(
             "model.not-found",
             f"{path} is neither a model folder with config.json nor a .gguf file",
@@ -35,11 +38,12 @@ def check_id(path: str, recipe_folder: Path, cache: Path) -> None:
         BadInput: `model.not-found`.
     """
     first, below, _ = path.partition("/")
-    if not hub.is_id(path) or (below and (recipe_folder / first).is_dir()):
+    if not hub.is_id(path) or (below and os.path.isdir(recipe_folder / first)):
         kind = "file" if path.endswith(".gguf") else "folder"
         raise BadInput(
             "model.not-found",
-            f"{kind} {path} does not exist (recipe's folder {recipe_folder}, cache {cache})",
-            where=path,
+            f"{kind} {printable(path, 500)} does not exist (recipe's folder {recipe_folder}, "
+            f"cache {cache})",
+            where=printable(path, 500),
             help="give a folder with config.json, a .gguf file, or a hub id such as org/name",
         )

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lorakit.storage.redact import printable
+
 _NUMBER = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 _BOUND = re.compile(rf"\s*(base|baseline)\s*(?:([+*-])\s*({_NUMBER})\s*(%)?)?\s*")
 
@@ -46,13 +48,13 @@ def read_bound(bound: float | str) -> Bound:
     if not found:
         raise ValueError(
             "expected a number, or base or baseline with + - * and %, such as base - 5%, "
-            f"got {bound!r}"
+            f"got '{printable(bound)}'"
         )
     reference: Any
     reference, sign, number, percent = found.groups()
     amount = float(number or 0)
     if not math.isfinite(amount):
-        raise ValueError(f"expected a finite number, got {number}")
+        raise ValueError(f"expected a finite number, got {printable(number)}")
     if percent and sign == "*":
         raise ValueError(
             f"* and % do not go together in {bound!r}; write {reference} * {amount / 100:g}"

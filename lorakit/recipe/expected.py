@@ -110,7 +110,8 @@ def suggestion(value: Any, found: Sequence[Schema]) -> str | None:
     likely: list[Any] = []
     if isinstance(value, str):
         near = nearest(value, words) or nearest(value.lower(), words)
-        number = resolve(value.replace("_", "").replace(",", "")[:20])
+        grouped = re.fullmatch(r"[0-9]{1,3}(,[0-9]{3})+", value)
+        number = resolve(value.replace("_", "").replace(",", "" if grouped else ".")[:20])
         likely = [number, _OLD_BOOLEANS.get(value.lower()), near, [value]]
         likely += [{key: value} for key in keys(found)[:1]]
     elif _is_number(value) and math.isfinite(value):
@@ -118,7 +119,11 @@ def suggestion(value: Any, found: Sequence[Schema]) -> str | None:
             *([int(value)] if value == int(value) else []),
             *([value / 100] if value > 1 else []),
             [value],
-            str(value),
+            *(
+                []
+                if any("type" in v and _is_type(value, v["type"]) for v in found)
+                else [str(value)]
+            ),
         ]
     meant = next((one for one in likely if one is not None and accepts(one, found)), None)
     return None if meant is None else f"did you mean {_written(meant)}?"

@@ -38,6 +38,7 @@ def locate(name: str | os.PathLike[str], folder: Path | None = None) -> Path:
         beside = [entry for entry in os.listdir(path.parent) if entry.endswith((".yaml", ".yml"))]
     except (OSError, ValueError):
         beside = []
+    beside = [name for name in beside if name != path.name]  # it is there: a link to nowhere
     near = [str(path.with_name(found)) for found in difflib.get_close_matches(path.name, beside)]
     near += difflib.get_close_matches(path.stem, packaged)
     help = f"did you mean {one_of(map(printable, near[:3]))}?" if near else None

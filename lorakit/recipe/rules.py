@@ -41,6 +41,7 @@ def expanded(recipe: Recipe, origin: Origin, today: date) -> tuple[Recipe, list[
     folder = _filled(recipe.output_dir, words, ("output_dir",), origin, found)
     words["output_dir"] = folder
     out = _filled(recipe.merge.out, words, ("merge", "out"), origin, found)
+    folder, out = os.path.expanduser(folder), os.path.expanduser(out)
     if not found:
         found += _folder_problems(folder, out if recipe.merge.enabled else None, origin)
     merge = recipe.merge.model_copy(update={"out": out})

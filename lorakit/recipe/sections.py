@@ -6,6 +6,7 @@ method but the default's name. A path stays as the user wrote it; `Recipe.origin
 folder it is relative to.
 """
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, LiteralString, Self
@@ -49,6 +50,9 @@ def _as_sources(value: Any) -> Any:
 
 def _as_held_out(value: Any) -> Any:
     """Keep a fraction as it is; everything else names sources."""
+    if isinstance(value, str) and re.fullmatch(r"[0-9.]+%?", value):
+        sentence = f"expected a number in (0, 1) or a path, got the text '{value[:20]}'"
+        raise fault("recipe.wrong-type", sentence, help="write 0.05, without quotes")
     is_fraction = isinstance(value, int | float) or value is None
     return value if is_fraction else _as_sources(value)
 
@@ -262,8 +266,11 @@ class Gate(Section):
 
     @model_validator(mode="after")
     def _binds(self) -> Self:
-        if self.min is None and self.max is None:
+        low, high = self.min, self.max
+        if low is None and high is None:
             raise fault("recipe.conflict", "a gate needs min or max")
+        if isinstance(low, float) and isinstance(high, float) and low > high:
+            raise fault("recipe.conflict", f"nothing is at least {low:g} and at most {high:g}")
         return self
 
 
@@ -358,6 +365,14 @@ class Recipe(Section):
     @property
     def origin(self) -> Origin:
         return self._origin
+
+    def place_of(self, message: str) -> Place | None:
+        """Return where the first key stands that a message names, None when it names none."""
+        for section, key in re.findall(r"\b([a-z]+)\.([a-z_]+)", message):
+            part = getattr(self, section, None)
+            if isinstance(part, Section) and key in type(part).model_fields:
+                return self.origin.place(section, key)
+        return None
 
     @property
     def run_folder(self) -> Path:

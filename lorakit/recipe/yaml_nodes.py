@@ -157,6 +157,7 @@ class _Walk:
     located: bool
     problems: list[BadInput] = field(default_factory=list)
     nodes: int = 0
+    depth: int = -1  # of keys that are no text, too, which have no path
     loader: Any = None
 
     def place(self, mark: Any) -> Place:
@@ -180,20 +181,25 @@ class _Walk:
             raise self.error("syntax", sentence, event.start_mark)
         return None if root.value is None else root
 
-    def node(self, path: Path, key: Place | None) -> Node:
-        """Read the next value; `path` leads to it."""
+    def node(self, path: Path, key: Place | None, *, is_key: bool = False) -> Node:
+        """Read the value that `path` leads to, or the next key of the mapping there."""
         event = self.loader.get_event()
-        self.check(event, len(path))
+        deeper = not (is_key and isinstance(event, yaml.ScalarEvent))
+        self.depth += deeper
+        self.check(event, self.depth)
         place = self.place(event.start_mark)
         if isinstance(event, yaml.ScalarEvent):
-            return self.scalar(event, path, key)
-        if isinstance(event, yaml.SequenceStartEvent):
+            found = self.scalar(event, path, key)
+        elif isinstance(event, yaml.SequenceStartEvent):
             entries: list[Node] = []
             while not self.loader.check_event(yaml.SequenceEndEvent):
                 entries.append(self.node((*path, len(entries)), None))
             self.loader.get_event()
-            return Node(entries, place, key)
-        return Node(self.mapping(path), place, key)
+            found = Node(entries, place, key)
+        else:
+            found = Node(self.mapping(path), place, key)
+        self.depth -= deeper
+        return found
 
     def check(self, event: Any, depth: int) -> None:
         """Refuse what no recipe needs: the price of sharing and typing by YAML is surprise."""
@@ -227,7 +233,7 @@ class _Walk:
     def mapping(self, path: Path) -> dict[str, Node]:
         entries: dict[str, Node] = {}
         while not self.loader.check_event(yaml.MappingEndEvent):
-            key = self.node(path, None)
+            key = self.node(path, None, is_key=True)
             if not isinstance(key.value, str):
                 if not key.broken:
                     self.bad_key(path, key)
@@ -266,6 +272,8 @@ _SYNTAX = {
     "while scanning a quoted scalar": "this quote is not closed",
     "unknown escape character": "unknown escape in double quotes; in single quotes \\ is just that",
     "expected chomping or indentation": "'>' and '|' open a block of text; put this in quotes",
+    "expected the node content": "a value is missing here",
+    "expected '<document start>'": "there is more after the end of the document",
     "that cannot start any token": "a value cannot start with this character; put it in quotes",
 }
 
@@ -284,7 +292,7 @@ def _syntax_problem(error: yaml.YAMLError, text: str, place_of: Callable[[Any], 
         sentence = f"line {mark.line + 1} is indented with a tab; use spaces"
         place = place_of(_mark(mark.line, indentation.index("\t")))
         return BadInput("recipe.syntax", sentence, where=place)
-    said = f"{getattr(error, 'context', '')} {getattr(error, 'problem', '')}"
+    said = f"{getattr(error, 'context', None) or ''} {getattr(error, 'problem', '')}".strip()
     sentence = next((ours for theirs, ours in _SYNTAX.items() if theirs in said), said)
     opened = getattr(error, "context_mark", None)
     if opened and opened.line != mark.line:

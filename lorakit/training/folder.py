@@ -1,5 +1,6 @@
 """A run's folder: who may write to it, what it tells of the run, and what a resume starts from."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -127,7 +128,7 @@ def opened(
             yield folder
         return
     check_free(path, mode)
-    made = [one for one in (path, *path.parents) if not one.exists()]
+    made = [one for one in (path, *path.parents) if not os.path.exists(one)]
     with locked(path) as sign:
         for place in (path, path / "checkpoints"):
             if place.is_dir():
@@ -243,14 +244,14 @@ def check_free(path: Path, mode: Mode) -> None:
         BadInput: when it holds something that this mode must not touch.
         RunFailed: `run.locked` when a run is at work there.
     """
-    if not path.exists():
+    above = next(one for one in (path, *path.parents, Path()) if os.path.exists(one))
+    if not above.is_dir():
+        message = f"{above} is a file, so no run can be {'it' if above == path else 'below it'}"
+        raise BadInput("output.not-empty", message, where=str(path), help="use --out")
+    if above != path:
         if mode == "resume":
             raise _nothing_to_resume(path)
         return
-    if not path.is_dir():
-        raise BadInput(
-            "output.not-empty", "the run's folder is a file", where=str(path), help="use --out"
-        )
     refuse_locked(path)
     _check_contents(path, mode)
 

@@ -15,6 +15,7 @@ from lorakit.adapters import Method
 from lorakit.data.batches import Packing, Steps
 from lorakit.data.cache import prepared
 from lorakit.data.prepare import Dataset
+from lorakit.data.source import check_found
 from lorakit.environment import cache_folder
 from lorakit.errors import BadInput, Notice
 from lorakit.model import base as base_models
@@ -141,6 +142,8 @@ def make(
     base_models.check_attention(recipe.model.attention)
     optimizer, replaced = optim.resolve(recipe.train, device)
     tokenizer = base_models.load_tokenizer(base)
+    for source in recipe.eval.data or ():
+        check_found(source, recipe.origin.folder)
     with runtime.main_first():
         dataset = data or prepare_data(recipe, base, tokenizer, permissions)
     # What is saved beside the adapter is the template that its rows were rendered with.
@@ -154,9 +157,14 @@ def make(
     linears = [(site.outputs, site.inputs) for site in quantizable(skeleton)]
     longest = recipe.data.max_length
     steps = Steps.of(dataset, recipe.train, packing, recipe.seed, runtime, max_length=longest)
-    adapters.attach(method, skeleton, sites, seed=recipe.seed)
+    try:
+        adapters.attach(method, skeleton, sites, seed=recipe.seed)
+    except BadInput as error:
+        error.where = error.where or recipe.origin.place("adapter", "modules_to_save")
+        raise
     adapters.set_training(skeleton, True)
     longest = max(len(example.ids) for example in dataset.train)
+    _check_context(longest, method, base)
     shape = Shape.of(skeleton, _traced(skeleton, recipe, longest, packing, gpu, notices), linears)
     free = card.memory if card else runtime.least_free_bytes()
     setup = Setup(
@@ -204,7 +212,8 @@ def choose(recipe: Recipe, skeleton: PreTrainedModel) -> tuple[Method, list[Site
     try:
         chosen = method.sites(candidates)
     except BadInput as error:
-        error.where = error.where or recipe.origin.place("adapter", "target_modules")
+        named = recipe.place_of(error.message)
+        error.where = error.where or named or recipe.origin.place("adapter", "target_modules")
         raise
     return method, chosen, uneven(candidates, chosen)
 
@@ -223,6 +232,23 @@ def prepare_data(
         offline=permissions.offline,
         allow_local_code=permissions.local_code,
     )
+
+
+def _check_context(longest: int, method: Method, base: Base) -> None:
+    """Check that the longest row fits behind the positions that the adapter takes.
+
+    Raises:
+        BadInput: `model.context-too-short`.
+    """
+    taken = method.positions()
+    if base.context is not None and longest + taken > base.context:
+        raise BadInput(
+            "model.context-too-short",
+            f"the longest row has {longest:,} tokens and {method.name()} takes {taken:,} positions "
+            f"before it; the model has {base.context:,}",
+            help=f"set data.max_length to at most {max(base.context - taken, 0):,}, "
+            f"or make the {method.name()} shorter",
+        )
 
 
 def _traced(

@@ -47,7 +47,7 @@ def all_damaged(world: World) -> None:
 
 def another_version(world: World) -> Sequence[str]:
     patch = world.held.enter_context(pytest.MonkeyPatch.context())
-    patch.setattr("lorakit.training.passports.versions", lambda: {"torch": "2.99.0"})
+    patch.setattr("lorakit.training.passports.versions", lambda _: {"torch": "2.99.0"})
     return RESUME
 
 
