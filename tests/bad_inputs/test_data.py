@@ -8,6 +8,8 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from tests.bad_inputs.cases import Case, World, check_refused
@@ -71,6 +73,64 @@ def a_socket(world: World) -> list[str]:
     return plan(world)
 
 
+def link(world: World) -> list[str]:
+    world.path("link.jsonl").symlink_to("nowhere")
+    return plan(world, "link.jsonl")
+
+
+def bomb(world: World) -> list[str]:
+    """Three million rows in a few thousand bytes."""
+    column = pyarrow.repeat("a", 3_000_000).dictionary_encode()
+    table = pyarrow.table({"prompt": column, "completion": column})
+    pyarrow.parquet.write_table(table, world.path("rows.parquet"))
+    return plan(world, "rows.parquet")
+
+
+def template(text: str) -> Callable[[World], list[str]]:
+    def build(world: World) -> list[str]:
+        world.write("t.jinja", text)
+        return rows(*[chat("user", "assistant")] * 3, chat_template="t.jinja")(world)
+
+    return build
+
+
+LIMIT, UNSAFE, ROW = "template.limit", "template.unsafe", "rows.jsonl:1"
+GROW = "{% set ns = namespace(x='a' * 1000000) %}{% for i in range(40) %}"
+# A template, parts of the message, its place and its id: loops, and texts that become too large.
+TEMPLATES = [
+    (
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        ("1 second",),
+        ROW,
+        LIMIT,
+    ),
+    (
+        "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        ("1 second",),
+        ROW,
+        LIMIT,
+    ),
+    (GROW + "{% set ns.x = ns.x ~ ns.x %}{% endfor %}", ("256 MiB",), ROW, LIMIT),
+    (
+        GROW + "{% set y %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = y %}{% endfor %}",
+        ("256 MiB",),
+        ROW,
+        LIMIT,
+    ),
+    ("{{ 'a'.ljust(10**10) | length }}", ("256 MiB",), ROW, LIMIT),
+    ("{{ ('a' * 1000000) | replace('a', 'b' * 1000000) | length }}", ("256 MiB",), ROW, LIMIT),
+    ("{{ (['b'] * 1000000) | join('a' * 1000000) | length }}", ("256 MiB",), ROW, LIMIT),
+    ("{{ 1.5 | round(10**9, 'floor') }}", ("round",), ROW, LIMIT),
+    ("{% include 'other' %}", ("another template",), "t.jinja", UNSAFE),
+    (
+        "".join("{% for i in [1] %}" for _ in range(30)) + "{% endfor %}" * 30,
+        ("nested",),
+        "t.jinja",
+        "template.syntax",
+    ),
+    ("{{ '\\ud800' }}", ("surrogate",), ROW, "data.template-refused"),
+    ("{{ messages[0].content }}", ("leaves the answers out",), ROW, "data.no-trained-tokens"),
+]
 CASES = [
     Case("D01", missing, ("rows.jsonl",), "rwos.jsonl"),
     Case("D02", content(b""), (), FILE),
@@ -124,11 +184,21 @@ CASES = [
     Case("a key twice", content(b'{"prompt": "a", "prompt": "b"}\n'), ("prompt",), ":1:17",
          "data.duplicate-key"),
     Case("unknown format", rows(GOOD, format="mesages"), ("mesages", "did you mean 'messages'"),
-         FILE, "recipe.bad-choice"),
+         "recipe.yaml:2:41", "recipe.bad-choice"),
     Case("columns of another format", rows(GOOD, format="alpaca"), ("instruction",), FILE,
          "data.missing-column"),
-    Case("code without leave", rows(GOOD, format="os:getcwd"), ("--allow-local-code",), FILE,
+    Case("code without leave", rows(GOOD, format="os:getcwd"), ("--allow-local-code",), "recipe.yaml:2:41",
          "security.local-code"),
+    Case("a line of a BOM", content(line(GOOD) + b"\xef\xbb\xbf" + line(GOOD)), (), ":2:1", "data.syntax"),
+    Case("half a surrogate pair", content(b'{"prompt": "\\ud800", "completion": "b"}\n'), ("prompt",), ":1:12", "data.encoding"),
+    Case("a NUL", content(b'{"prompt": "a\0"}\n'), (), ":1:14", "data.syntax"),
+    Case("NUL in CSV", content(b"prompt,completion\na\0,b\n", "rows.csv"), ("NUL",), "rows.csv:2", "data.syntax"),
+    Case("nested without end", content(b'{"x":' + b"[" * 1_000_000), ("64",), ":1:69", "data.syntax"),
+    Case("a number without end", content(b'{"prompt": ' + b"9" * 5000 + b"}\n"), ("5,000 digits",), ":1:12", "data.syntax"),
+    Case("a link to nowhere", link, ("link leads nowhere",), "link.jsonl", "data.not-found"),
+    Case("a parquet of very much", bomb, ("3,000,000 rows",), "rows.parquet", "data.too-large"),
+    Case("a parquet that is none", content(b"PAR1" + b"\0" * 100 + b"PAR1", "rows.parquet"), ("not parquet",), "rows.parquet", "data.syntax"),
+    *(Case(f"template: {text[:40]}", template(text), says, place, error) for text, says, place, error in TEMPLATES),
 ]  # fmt: skip
 
 

@@ -12,8 +12,8 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9)
 )
 
-# What the recipe says, where the problem is, its id, and parts of the message.
-TEXTS: dict[str, tuple[str | bytes, str, str, tuple[str, ...]]] = {
+# What the recipe says, where the problem is (None: in another file), its id, parts of the message.
+TEXTS: dict[str, tuple[str | bytes, str | None, str, tuple[str, ...]]] = {
     'R03 nothing': ("", '', 'recipe.empty', ('empty', 'model', 'data')),
     'R03 comments': ("# a\n# b\n", '', 'recipe.empty', ('empty', 'model', 'data')),
     'R03 markers': ("---\n", '', 'recipe.empty', ('empty',)),
@@ -114,6 +114,21 @@ TEXTS: dict[str, tuple[str | bytes, str, str, tuple[str, ...]]] = {
     'the working folder': (MINIMAL + "output_dir: runs/..", ':4:13', 'recipe.conflict', ('output_dir',)),
     'merge over the adapter': (MINIMAL + "merge: {enabled: true, out: '{output_dir}/adapter'}", ':4:29', 'recipe.conflict', ('merge.out', 'runs/recipe/adapter')),
     'merge over the run': (MINIMAL + "merge: {enabled: true, out: runs}", ':4:29', 'recipe.conflict', ('merge.out',)),
+    "keys within keys": ("? " * 400_000, ":1:131", "recipe.too-large", ("nested", "64")),
+    "layers without end": (MINIMAL + "adapter: {layers: 0-99999999999999999999}", ":4:19", "recipe.bad-choice", ("adapter.layers", "'8-31'")),
+    "layers beyond the model": (MINIMAL + "adapter: {layers: 0-99}", ":4:19", "target.no-match", ("adapter.layers: 2-99", "2 layers (0-1)")),
+    "a home that is not there": ("model: ~nosuchuser/x\ndata: {train: rows.jsonl}", None, "model.not-found", ("~nosuchuser/x",)),
+    "a model's name without end": ("model: " + "a/" * 3000 + "\ndata: {train: rows.jsonl}", None, "model.not-found", ("does not exist",)),
+    "a name that moves the cursor": ('model: "a\\n\\e[31mb"\ndata: {train: rows.jsonl}', None, "model.not-found", ("a\\n\\x1b[31mb",)),
+    "a weight without end": ("model: model\ndata: {train: {path: rows.jsonl, weight: 1e300}}", ":2:8", "recipe.out-of-range", ("data.train", "10,000,000")),
+    "a split of nothing": ("model: model\ndata: {train: {path: rows.jsonl, split: 'train[5:1]'}}", None, "data.empty", ("train[5:1]", "none of 20 rows")),
+    "a split without end": ("model: model\ndata: {train: {path: rows.jsonl, split: 'train[" + "9" * 5000 + ":]'}}", None, "recipe.bad-choice", ("split",)),
+    "a fraction in quotes": (MINIMAL + "  eval: '0.05'", ":4:9", "recipe.wrong-type", ("data.eval", "'0.05'", "without quotes")),
+    "a gate of nothing": (MINIMAL + "  eval: 0.5\neval: {gates: {loss: {min: 2.0, max: 1.0}}}", ":5:16", "recipe.conflict", ("eval.gates.loss", "at least 2 and at most 1")),
+    "a module to save misspelt": (MINIMAL + "adapter: {modules_to_save: [lm_hed]}", ":4:28", "target.no-match", ("`lm_hed`", "`lm_head`")),
+    "a prefix as long as the context": (MINIMAL + "adapter: {method: prefix, tokens: 250}", None, "model.context-too-short", ("250 positions", "256")),
+    "rows of eval that are not there": (MINIMAL + "eval: {data: rwos.jsonl}", None, "data.not-found", ("rows.jsonl",)),
+    "an expression of a pattern": (MINIMAL + "adapter: {target_modules: [q_proj], rank_pattern: {'re:(': 2}}", ":4:27", "target.bad-pattern", ("re:(",)),
 }  # fmt: skip
 
 
@@ -143,7 +158,7 @@ CASES = [
     Case("R16", _recipe(MINIMAL + "adapter: {target_modules: [q_proj, q_prj]}"), ("`q_prj`", "q_proj", "15 linear layers"), "recipe.yaml:4:27"),
     Case("R22", _recipe(TOO_LARGE), ("1,048,577 bytes",), "recipe.yaml"),
     *(
-        Case(name, _recipe(text), says, f"recipe.yaml{place}", error)
+        Case(name, _recipe(text), says, "" if place is None else f"recipe.yaml{place}", error)
         for name, (text, place, error, says) in TEXTS.items()
     ),
 ]  # fmt: skip
