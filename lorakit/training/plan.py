@@ -142,8 +142,7 @@ def make(
     base_models.check_attention(recipe.model.attention)
     optimizer, replaced = optim.resolve(recipe.train, device)
     tokenizer = base_models.load_tokenizer(base)
-    for source in recipe.eval.data or ():
-        check_found(source, recipe.origin.folder)
+    _check_eval_data(recipe)
     with runtime.main_first():
         dataset = data or prepare_data(recipe, base, tokenizer, permissions)
     # What is saved beside the adapter is the template that its rows were rendered with.
@@ -152,17 +151,11 @@ def make(
     gpu = card is not None or runtime.lags
     packing, unpacked = _packing(recipe, method, skeleton)
     notices = [*base.notices, *unusual(recipe), *coverage, *dataset.notices, *replaced, *unpacked]
-    notices += notices_of(skeleton, how, device) if how else []
-    notices += _not_here(recipe, gpu=gpu)
+    notices += [*(notices_of(skeleton, how, device) if how else []), *_not_here(recipe, gpu=gpu)]
     linears = [(site.outputs, site.inputs) for site in quantizable(skeleton)]
     longest = recipe.data.max_length
     steps = Steps.of(dataset, recipe.train, packing, recipe.seed, runtime, max_length=longest)
-    try:
-        adapters.attach(method, skeleton, sites, seed=recipe.seed)
-    except BadInput as error:
-        error.where = error.where or recipe.origin.place("adapter", "modules_to_save")
-        raise
-    adapters.set_training(skeleton, True)
+    _attach(recipe, method, skeleton, sites)
     longest = max(len(example.ids) for example in dataset.train)
     _check_context(longest, method, base)
     shape = Shape.of(skeleton, _traced(skeleton, recipe, longest, packing, gpu, notices), linears)
@@ -191,6 +184,22 @@ def make(
         free,
         tuple(notices),
     )
+
+
+def _attach(recipe: Recipe, method: Method, skeleton: PreTrainedModel, sites: list[Site]) -> None:
+    """Put the adapter on the skeleton, as it is in training; what may fail are whole copies."""
+    try:
+        adapters.attach(method, skeleton, sites, seed=recipe.seed)
+    except BadInput as error:
+        error.where = error.where or recipe.origin.place("adapter", "modules_to_save")
+        raise
+    adapters.set_training(skeleton, True)
+
+
+def _check_eval_data(recipe: Recipe) -> None:
+    """Check that what `lorakit eval` will read is there, before hours are spent on training."""
+    for source in recipe.eval.data or ():
+        check_found(source, recipe.origin.folder)
 
 
 def choose(recipe: Recipe, skeleton: PreTrainedModel) -> tuple[Method, list[Site], list[Notice]]:
