@@ -12,6 +12,7 @@ import resource
 import select
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -49,15 +50,17 @@ class ConfinedTemplate:
         Raises:
             BadInput: as `Template.render` does, and `template.limit` when it takes too much.
         """
-        if self._worker is not _workers.get(os.getpid()):  # it was ended, or this is a fork
-            self._worker, self._number = self._compiled()
-        request = {"number": self._number, "messages": messages, "generation": generation}
-        return str(self._worker.ask(request))
+        with _turn:
+            if self._worker is not _workers.get(os.getpid()):  # it was ended, or this is a fork
+                self._worker, self._number = self._compiled()
+            request = {"number": self._number, "messages": messages, "generation": generation}
+            return str(self._worker.ask(request))
 
     def _compiled(self) -> tuple["_Worker", int]:
-        worker = _workers.get(os.getpid()) or _Worker()
-        number = worker.ask({"source": self.source, "variables": self._variables})
-        return worker, int(number)
+        with _turn:
+            worker = _workers.get(os.getpid()) or _Worker()
+            number = worker.ask({"source": self.source, "variables": self._variables})
+            return worker, int(number)
 
 
 class _Worker:
@@ -118,6 +121,7 @@ class _Worker:
         atexit.unregister(self.close)
 
 
+_turn = threading.RLock()  # threads share the child, and an answer belongs to who asked
 _workers: dict[int, _Worker] = {}  # by process: a fork must not talk to its parent's
 
 
