@@ -290,8 +290,8 @@ def test_theirs_merges_as_they_merge_it(case, tmp_path):
     for path, layer in layers.items():
         if path != "lm_head" or not tied:  # its weight is the embedding's, merged already
             merge_into(merged, path, layer)
-    # Four products in each of two layers, whose errors add up like random ones.
-    assert distance(logits(merged), peft_logits(model)) <= EQUAL * 8**0.5
+    # In fp64, so that what differs is the merge and not how a processor rounds products.
+    assert distance(logits(merged.double()), peft_logits(model.double())) <= 2 * EQUAL
 
 
 def test_dropout_has_the_same_law_in_dora():
