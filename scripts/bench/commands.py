@@ -92,25 +92,26 @@ def first_steps(
 
 
 def _own_first_step(setting: Setting, options: list[str]) -> float:
-    out = setting.work / "commands" / "first-step"
+    out, cache = (setting.work / "commands" / name for name in ("first-step", "first-step-cache"))
     command = [*LORAKIT, "train", "quickstart", *options, "--out", str(out), "--overwrite"]
     metrics = out / "metrics.jsonl"
-    shutil.rmtree(out, ignore_errors=True)
+    # Nothing kept from an earlier run on either side: both read and tokenise all rows.
+    for folder in (out, cache):
+        shutil.rmtree(folder, ignore_errors=True)
 
     def found() -> float | None:
         if not metrics.is_file() or not (lines := metrics.read_text().splitlines()):
             return None
         return float(json.loads(lines[0])["monotonic"])
 
-    return _until(command, setting, found)
+    return _until(command, setting, found, {"LORAKIT_CACHE": str(cache)})
 
 
 def _peer_first_step(setting: Setting, _: list[str]) -> float:
     script = Path(__file__).with_name("first_step.py")
     out = setting.work / "commands" / "first-step-peers"
-    printed = out / "stdout"
+    printed = setting.work / "commands" / "first-step-log" / "stdout"
     command = [str(setting.peers), str(script), str(setting.model), str(DATA)]
-    # Nothing kept from an earlier run on either side: both read and tokenise all rows.
     shutil.rmtree(out, ignore_errors=True)
     names = {"bf16": "bfloat16", "fp32": "float32"}
     command += [names[setting.dtype], str(out)]
@@ -127,10 +128,10 @@ def _until(
     command: list[str],
     setting: Setting,
     found: Callable[[], float | None],
-    env: dict[str, str] | None = None,
+    env: dict[str, str],
 ) -> float:
     """Start a command, wait for the moment that it tells of, and end it."""
-    folder = setting.work / "commands" / ("first-step-peers" if env else "first-step-log")
+    folder = setting.work / "commands" / "first-step-log"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as error:
         began = time.monotonic()
@@ -140,7 +141,7 @@ def _until(
             stdout=out,
             stderr=error,
             start_new_session=True,
-            env=machine.environment(setting.threads, PYTHONPATH=str(ROOT), **(env or {})),
+            env=machine.environment(setting.threads, PYTHONPATH=str(ROOT), **env),
         )
         try:
             while (moment := found()) is None:
