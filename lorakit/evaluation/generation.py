@@ -1,4 +1,7 @@
-"""Generate answers in batches: left-padded, with a key-value cache that finished rows leave."""
+"""Generate answers in batches: left-padded, with a key-value cache that finished rows leave.
+
+What all prompts of a batch begin with, such as a system message, goes through the model once.
+"""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +18,7 @@ from lorakit.errors import BadInput
 ROWS = 32
 TOKENS = 16_384
 FOREVER = 2**31
+SHARED_TOKENS = 16  # fewer are not worth a pass of their own
 
 
 @dataclass(frozen=True)
@@ -93,21 +97,32 @@ def _decode(
     draws: Sequence[torch.Generator],
 ) -> list[list[int]]:
     """Answer the prompts of one batch with at most `limits` tokens each, stop tokens included."""
-    ids, mask = _left_padded(prompts, model.device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache = _roomy_cache(model, max(limits))
     known = inspect.signature(model.forward).parameters
+
+    def last_logits(ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        wanted = {"position_ids": positions, "logits_to_keep": 1}
+        given = {name: value for name, value in wanted.items() if name in known}
+        out = model(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **given
+        )
+        return cast(Tensor, out.logits[:, -1])
+
+    shared = 0
+    if "position_ids" in known and all(type(layer) is _RoomyLayer for layer in cache.layers):
+        shared = _shared_tokens(prompts)
+    ids, mask = _left_padded([prompt[shared:] for prompt in prompts], model.device)
+    mask = torch.cat([mask.new_ones(len(prompts), shared), mask], dim=1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    if shared:
+        begin = torch.tensor([prompts[0][:shared]], device=model.device)
+        last_logits(begin, mask[:1, :shared], positions[:1, :shared])
+        cache.batch_repeat_interleave(len(prompts))
+    positions = positions[:, shared:]
     written: list[list[int]] = [[] for _ in prompts]
     alive = list(range(len(prompts)))
     while alive:
-        wanted = {"position_ids": positions, "logits_to_keep": 1}
-        logits = model(
-            input_ids=ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
-            **{name: value for name, value in wanted.items() if name in known},
-        ).logits[:, -1]
+        logits = last_logits(ids, mask, positions)
         chosen = _choose(logits.float(), decoding, [draws[row] for row in alive])
         going = []
         for place, (row, id) in enumerate(zip(alive, chosen.tolist(), strict=True)):
@@ -123,6 +138,17 @@ def _decode(
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
         positions = positions[:, -1:] + 1
     return written
+
+
+def _shared_tokens(prompts: Sequence[Sequence[int]]) -> int:
+    """Return how many tokens all prompts begin with, 0 if few; each keeps one of its own."""
+    if len(prompts) < 2:
+        return 0
+    # What the first and the last in order share, all between them share.
+    first, last = min(prompts), max(prompts)
+    most = min(map(len, prompts)) - 1
+    same = next((n for n in range(most) if first[n] != last[n]), most)
+    return same if same >= SHARED_TOKENS else 0
 
 
 class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers' own
@@ -158,6 +184,11 @@ class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformer
     def reorder_cache(self, beam_idx: LongTensor) -> None:
         """Keep only these rows."""
         super().reorder_cache(beam_idx)
+        self.buffers = []
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Give each row so many copies."""
+        super().batch_repeat_interleave(repeats)
         self.buffers = []
 
 

@@ -39,6 +39,37 @@ def test_a_batch_answers_as_each_row_alone(family: str):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_what_prompts_begin_with_goes_through_the_model_once(
+    family: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(generation, "SHARED_TOKENS", 4)
+    model, tokenizer = tiny_model(family), tiny_tokenizer()
+    rows = [[11, 12, 13, 14, 15, *row] for row in prompts()]
+    stops = stops_of(model, rows)
+    alone = [generate(model, tokenizer, [row], Decoding(NEW), stops=stops)[0] for row in rows]
+    seen: list[tuple[int, ...]] = []
+    model.get_input_embeddings().register_forward_hook(
+        lambda _, given, __: seen.append(tuple(given[0].shape))
+    )
+    assert generate(model, tokenizer, rows, Decoding(NEW), stops=stops) == alone
+    longest = max(map(len, rows))
+    if seen[0][0] == 1:
+        assert seen[:2] == [(1, 5), (len(rows), longest - 5)]
+    else:  # a cache of another kind, or positions that the model counts itself
+        assert seen[0] == (len(rows), longest)
+
+
+def test_a_prompt_that_is_the_beginning_of_the_others_keeps_a_token_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(generation, "SHARED_TOKENS", 4)
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    rows = [[11, 12, 13, 14, 15], [11, 12, 13, 14, 15, 16], [11, 12, 13, 14, 15]]
+    alone = [generate(model, tokenizer, [row], Decoding(NEW), stops=FREE)[0] for row in rows]
+    assert generate(model, tokenizer, rows, Decoding(NEW), stops=FREE) == alone
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_is_what_a_forward_pass_without_cache_would_choose(family: str):
     model, rows = tiny_model(family), prompts(3)
     answers = generate(model, tiny_tokenizer(), rows, Decoding(NEW), stops=FREE)
