@@ -123,7 +123,9 @@ class _Products(torch.autograd.Function):
                 # What the caller computed is left as it is, what we have is added to in place.
                 add = torch.addmm if base is None else Tensor.addmm_
                 y = add(y, next(each), update.B.to(x.dtype).t(), alpha=call.scale(update))
-            outs.append(y.view(*tensors[0].shape[:-1], y.shape[-1]))
+            # No view: autograd would forbid families such as Falcon to add to it in place.
+            shape = [*tensors[0].shape[:-1], y.shape[-1]]
+            outs.append(torch.ops.aten._unsafe_view(y, shape))
         # A plain x serves the gradients of the A's alone: where none is trained it is not kept.
         if isinstance(call.source, Itself) and not any(ctx.needs_input_grad[2 + call.arity :: 2]):
             inputs = []

@@ -212,6 +212,19 @@ def test_two_updates_are_one_of_the_summed_rank():
     assert (once - twice).norm() <= 1e-12 * once.norm()
 
 
+@pytest.mark.parametrize("rows", [(4,), (2, 3)])
+def test_what_comes_out_may_be_added_to_in_place(rows: tuple[int, ...]):
+    """Falcon's parallel layers do."""
+    x, weight, bias, A, B = case(rows, 16, 12, 4)
+    x.requires_grad_()
+    one, other = (low_rank_linear(x, linear(weight, bias), LowRank(A, B, 1.0)) for _ in range(2))
+    one += other
+    (twice,) = torch.autograd.grad(one.square().sum(), x)
+    once = low_rank_linear(x, linear(2 * weight, 2 * bias), LowRank(A, 2 * B, 1.0))
+    (expected,) = torch.autograd.grad(once.square().sum(), x)
+    assert (twice - expected).norm() <= 1e-12 * expected.norm()
+
+
 def test_a_trained_base_weight_gets_its_gradient():
     x, weight, bias, A, B = case((4,), 16, 12, 4)
     base = linear(weight, bias)
