@@ -6,6 +6,7 @@ What all prompts of a batch begin with, such as a system message, goes through t
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, cast
 
 import torch
@@ -144,10 +145,9 @@ def _shared_tokens(prompts: Sequence[Sequence[int]]) -> int:
     """Return how many tokens all prompts begin with, 0 if few; each keeps one of its own."""
     if len(prompts) < 2:
         return 0
-    # What the first and the last in order share, all between them share.
-    first, last = min(prompts), max(prompts)
-    most = min(map(len, prompts)) - 1
-    same = next((n for n in range(most) if first[n] != last[n]), most)
+    columns = zip(*prompts, strict=False)
+    alike = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, columns))
+    same = min(alike, min(map(len, prompts)) - 1)
     return same if same >= SHARED_TOKENS else 0
 
 
