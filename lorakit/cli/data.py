@@ -50,21 +50,22 @@ def data_preview(
     """Show rows as the model sees them: what is trained, what is masked, where they end."""
     from rich.console import Group
 
-    from lorakit.data import items
+    from lorakit.data.items import Request, read
     from lorakit.data.prepare import longest_allowed, renderer_of
     from lorakit.data.preview import samples
 
     loaded, tokenizer, context = _opened(screen, recipe, changes, allow_remote_code)
     section, folder = loaded.data, loaded.origin.folder
-    found = items.read(
+    request = Request(
         section,
-        folder=folder,
-        seed=loaded.seed,
+        folder,
+        loaded.seed,
         offline=screen.offline,
         allow_local_code=allow_local_code,
         eval_sources=loaded.eval.data if split == "eval" else None,
         only=split,
     )
+    found = read(request)
     rows = found.train if split == "train" else found.eval
     first = index or 0
     if first >= len(rows):
@@ -152,22 +153,20 @@ def _prepared(
     allow_remote_code: bool,
 ) -> "Dataset":
     from lorakit.data.cache import prepared
+    from lorakit.data.items import Request
     from lorakit.environment import cache_folder
 
     loaded, tokenizer, context = _opened(screen, recipe, changes, allow_remote_code)
+    request = Request(
+        loaded.data,
+        loaded.origin.folder,
+        loaded.seed,
+        offline=screen.offline,
+        allow_local_code=allow_local_code,
+        eval_sources=loaded.eval.data,
+    )
     with screen.progress("Reading the data", None) as advance:
-        return prepared(
-            cache_folder(),
-            loaded.data,
-            tokenizer,
-            context,
-            folder=loaded.origin.folder,
-            seed=loaded.seed,
-            offline=screen.offline,
-            allow_local_code=allow_local_code,
-            eval_sources=loaded.eval.data,
-            advance=advance,
-        )
+        return prepared(cache_folder(), request, tokenizer, context, advance)
 
 
 def _legend(*, color: bool) -> "Text":

@@ -11,6 +11,7 @@ from lorakit import adapters, environment
 from lorakit.adapters import Saved
 from lorakit.cli.screen import Screen
 from lorakit.data.cache import prepared
+from lorakit.data.items import Request
 from lorakit.errors import BadInput
 from lorakit.evaluation.run import Task
 from lorakit.model import base as bases
@@ -111,20 +112,18 @@ def task_of(
             where=recipe.origin.place("eval"),
             help="set eval.data, or data.eval: 0.05",
         )
+    request = Request(
+        recipe.data,
+        recipe.origin.folder,
+        recipe.seed,
+        offline=screen.offline,
+        allow_local_code=allow_local_code,
+        eval_sources=recipe.eval.data,
+        only="eval",
+    )
+    cache, context = environment.cache_folder(), subject.base.context
     with screen.progress("Reading the data", None) as advance:
-        dataset = prepared(
-            environment.cache_folder(),
-            recipe.data,
-            subject.tokenizer,
-            subject.base.context,
-            folder=recipe.origin.folder,
-            seed=recipe.seed,
-            offline=screen.offline,
-            allow_local_code=allow_local_code,
-            eval_sources=recipe.eval.data,
-            only="eval",
-            advance=advance,
-        )
+        dataset = prepared(cache, request, subject.tokenizer, context, advance)
     screen.notice(*dataset.notices)
     examples = dataset.eval[:limit]
     places = {example.place for example in examples}

@@ -9,25 +9,25 @@ themselves.
 """
 
 import importlib.metadata
+import itertools
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from lorakit import __version__
-from lorakit.data.items import wanted
+from lorakit.data.items import Request
 from lorakit.data.prepare import Dataset, longest_allowed, prepare, renderer_of
 from lorakit.data.report import Counts, Report
 from lorakit.data.tokens import MASKED, TABLE, Example, Examples, Prompt
 from lorakit.errors import LorakitError, Notice, Place
-from lorakit.recipe.sections import Data, Source
 from lorakit.storage import strict_json
 from lorakit.storage.disk import make_folder
 from lorakit.storage.hashing import sha256_file, sha256_json
@@ -45,16 +45,9 @@ _MOST_FACTS = 1 << 30  # bytes
 
 def prepared(
     cache: Path,
-    section: Data,
+    request: Request,
     tokenizer: PreTrainedTokenizerBase,
     base_context: int | None,
-    *,
-    folder: Path,
-    seed: int,
-    offline: bool,
-    allow_local_code: bool,
-    eval_sources: Sequence[Source] | None = None,
-    only: Literal["train", "eval"] | None = None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Dataset:
     """Return what `prepare` makes of these arguments, from lorakit's cache folder where it is.
@@ -62,21 +55,21 @@ def prepared(
     Raises:
         LorakitError: as `prepare` does.
     """
-    sets = wanted(section, eval_sources, only)
-    digests = _digests([*sets[0], *sets[1]], section.format, folder)
+    digests = _digests(request)
     entry = None
     if digests and tokenizer.is_fast:
-        template = renderer_of(section, tokenizer, folder).template
+        section = request.section
+        template = renderer_of(section, tokenizer, request.folder).template
         depends_on = {
             "code": [__version__, _code(), platform.python_version()],
             "packages": [importlib.metadata.version(name) for name in _PACKAGES],
             "settings": section.model_dump(mode="json", exclude={"packing"}),
             "explicit": "too_long" in section.model_fields_set,
             "max_length": longest_allowed(section, base_context),
-            "eval": [source.model_dump(mode="json") for source in eval_sources or ()],
-            "only": only,
-            "seed": seed if isinstance(section.eval, float) and not eval_sources else None,
-            "folder": str(folder),
+            "eval": [source.model_dump(mode="json") for source in request.eval_sources or ()],
+            "only": request.only,
+            "seed": request.seed if request.share else None,
+            "folder": str(request.folder),
             "files": digests,
             "template": template.source if template else None,
             "special": tokenizer.special_tokens_map,
@@ -86,18 +79,7 @@ def prepared(
         if found := _read(entry):
             advance(len(found.train) + len(found.eval))
             return found
-    dataset = prepare(
-        section,
-        tokenizer,
-        base_context,
-        folder=folder,
-        seed=seed,
-        offline=offline,
-        allow_local_code=allow_local_code,
-        eval_sources=eval_sources,
-        only=only,
-        advance=advance,
-    )
+    dataset = prepare(request, tokenizer, base_context, advance)
     if entry and dataset.report.sha256 == digests:  # else a file has changed in between
         with suppress(LorakitError, OSError):
             _write(entry, dataset)
@@ -111,12 +93,12 @@ def entries(cache: Path) -> dict[Path, int]:
     return {path: sum(file.stat().st_size for file in path.glob("*")) for path in found}
 
 
-def _digests(sources: Sequence[Source], format: str, folder: Path) -> dict[str, str]:
+def _digests(request: Request) -> dict[str, str]:
     """Return the digest of each source; none when one is no file, or the user's code reads it."""
     found = {}
-    for source in sources:
-        path = folder / source.path
-        if ":" in (source.format or format) or not path.is_file():
+    for source in itertools.chain(*request.sources):
+        path = request.folder / source.path
+        if ":" in (source.format or request.section.format) or not path.is_file():
             return {}
         found[source.path] = sha256_file(path)
     return found

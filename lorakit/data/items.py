@@ -17,6 +17,43 @@ from lorakit.storage.redact import printable
 FIRST_ROWS = 100  # whose columns decide the format
 
 
+@dataclass(frozen=True)
+class Request:
+    """Which rows are wanted, and what may be done to get them.
+
+    Args:
+        section: the recipe's `data`.
+        folder: what paths are relative to.
+        seed: of the train/eval split.
+        offline: whether hub ids are refused.
+        allow_local_code: whether `module:function` may run.
+        eval_sources: taken in place of `data.eval`.
+        only: the set that is wanted; the other is left empty, and its own files are not opened.
+    """
+
+    section: Data
+    folder: Path
+    seed: int
+    offline: bool = True
+    allow_local_code: bool = False
+    eval_sources: tuple[Source, ...] | None = None
+    only: Literal["train", "eval"] | None = None
+
+    @property
+    def share(self) -> float | None:
+        """The share of train that is held out for eval, None where eval has files of its own."""
+        share = self.section.eval
+        return share if isinstance(share, float) and not self.eval_sources else None
+
+    @property
+    def sources(self) -> tuple[tuple[Source, ...], tuple[Source, ...]]:
+        """The sources that must be read for train and, where it has its own, for eval."""
+        held_out = self.eval_sources or self.section.eval
+        own = tuple(held_out) if held_out and not isinstance(held_out, float) else ()
+        train = () if self.only == "eval" and own else self.section.train
+        return train, () if self.only == "train" else own
+
+
 @dataclass(frozen=True, slots=True)
 class Item:
     """A conversation, where its row stands, and its repeats per epoch."""
@@ -36,57 +73,31 @@ class Items:
     notices: tuple[Notice, ...]
 
 
-def read(
-    section: Data,
-    *,
-    folder: Path,
-    seed: int,
-    offline: bool,
-    allow_local_code: bool,
-    eval_sources: Sequence[Source] | None = None,
-    only: Literal["train", "eval"] | None = None,
-) -> Items:
+def read(request: Request) -> Items:
     """Read all sources and turn their rows into conversations.
-
-    Args:
-        section: the recipe's `data`.
-        folder: what paths are relative to.
-        seed: of the train/eval split.
-        offline: whether hub ids are refused.
-        allow_local_code: whether `module:function` may run.
-        eval_sources: taken in place of `data.eval`.
-        only: the set that is wanted; the other's own files are not opened.
 
     Raises:
         BadInput: for the first fault, saying how many more rows have the same.
         EnvironmentLacks: `env.offline`.
     """
-    train_sources, own = wanted(section, eval_sources, only)
+    section = request.section
+    train_sources, own = request.sources
     digests: dict[str, str] = {}
     notices: list[Notice] = []
 
     def items(sources: Sequence[Source], first: int) -> list[Item]:
         found = []
         for number, source in enumerate(sources, first):
-            format = _named(source, section.format, allow_local_code, notices)
-            loaded = load(source, number, folder=folder, offline=offline)
+            format = _named(source, section.format, request.allow_local_code, notices)
+            loaded = load(source, number, folder=request.folder, offline=request.offline)
             found += _conversations(loaded, _fitting(format, loaded), notices)
             digests[source.path] = loaded.sha256
         return found
 
     train, kept = items(train_sources, 0), items(own, len(section.train))
-    if isinstance(section.eval, float) and not eval_sources:
-        train, kept = split(train, section.eval, seed)
+    if share := request.share:
+        train, kept = split(train, share, request.seed)
     return Items(tuple(train), tuple(kept), digests, tuple(dict.fromkeys(notices)))
-
-
-def wanted(
-    section: Data, eval_sources: Sequence[Source] | None, only: Literal["train", "eval"] | None
-) -> tuple[tuple[Source, ...], tuple[Source, ...]]:
-    """Return the sources that must be read for train and, where it has its own, for eval."""
-    held_out = eval_sources or section.eval
-    own = tuple(held_out) if held_out and not isinstance(held_out, float) else ()
-    return () if only == "eval" and own else section.train, () if only == "train" else own
 
 
 def split(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:

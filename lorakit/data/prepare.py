@@ -1,19 +1,18 @@
 """Sources → examples: everything that happens to data before the first batch, counted."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from lorakit.data.items import read
+from lorakit.data.items import Request, read
 from lorakit.data.kept import Kept
 from lorakit.data.report import Report
 from lorakit.data.template import Renderer
 from lorakit.data.tokens import Encoder, Examples, Prompt
 from lorakit.errors import BadInput, Notice
-from lorakit.recipe.sections import Data, Source
+from lorakit.recipe.sections import Data
 
 ROWS_AT_ONCE = 512
 
@@ -38,51 +37,31 @@ class Dataset:
 
 
 def prepare(
-    section: Data,
+    request: Request,
     tokenizer: PreTrainedTokenizerBase,
     base_context: int | None,
-    *,
-    folder: Path,
-    seed: int,
-    offline: bool,
-    allow_local_code: bool,
-    eval_sources: Sequence[Source] | None = None,
-    only: Literal["train", "eval"] | None = None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Dataset:
     """Read, render and tokenise all data.
 
     Args:
-        section: the recipe's `data`.
+        request: the rows that are wanted.
         tokenizer: the base's.
         base_context: positions of the base, where it has a limit.
-        folder: what paths are relative to.
-        seed: of the train/eval split.
-        offline: whether hub ids are refused.
-        allow_local_code: whether `module:function` may run.
-        eval_sources: taken in place of `data.eval`.
-        only: the set to tokenise; the other is left empty.
         advance: hears how many more rows are done.
 
     Raises:
         BadInput: when a row, the template or the lengths do not allow training.
         EnvironmentLacks: `env.offline`.
     """
+    section = request.section
     max_length = longest_allowed(section, base_context)
-    items = read(
-        section,
-        folder=folder,
-        seed=seed,
-        offline=offline,
-        allow_local_code=allow_local_code,
-        eval_sources=eval_sources,
-        only=only,
-    )
-    renderer = renderer_of(section, tokenizer, folder)
+    items = read(request)
+    renderer = renderer_of(section, tokenizer, request.folder)
     encoder = Encoder(tokenizer, renderer.special)
     sets = {name: Kept(name, section, max_length) for name in ("train", "eval")}
     for name, some in (("train", items.train), ("eval", items.eval)):
-        if only not in (None, name):
+        if request.only not in (None, name):
             continue
         for at in range(0, len(some), ROWS_AT_ONCE):
             several = some[at : at + ROWS_AT_ONCE]

@@ -14,6 +14,7 @@ from lorakit import adapters
 from lorakit.adapters import Method
 from lorakit.data.batches import Packing, Steps
 from lorakit.data.cache import prepared
+from lorakit.data.items import Request
 from lorakit.data.prepare import Dataset
 from lorakit.data.source import check_found
 from lorakit.environment import cache_folder
@@ -231,16 +232,14 @@ def prepare_data(
     recipe: Recipe, base: Base, tokenizer: PreTrainedTokenizerBase, permissions: Permissions
 ) -> Dataset:
     """Read, render and count the rows of a recipe."""
-    return prepared(
-        cache_folder(),
+    request = Request(
         recipe.data,
-        tokenizer,
-        base.context,
-        folder=recipe.origin.folder,
-        seed=recipe.seed,
+        recipe.origin.folder,
+        recipe.seed,
         offline=permissions.offline,
         allow_local_code=permissions.local_code,
     )
+    return prepared(cache_folder(), request, tokenizer, base.context)
 
 
 def _check_context(longest: int, method: Method, base: Base) -> None:

@@ -1,7 +1,7 @@
 """Rows, recipes' data sections and tokenizers for the tests of the data room."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from lorakit.data.items import Request
 from lorakit.data.prepare import Dataset, prepare
 from lorakit.recipe.sections import Data
 from tests.tiny import tiny_tokenizer
@@ -63,10 +64,11 @@ def prepared(
     *,
     context: int | None = None,
     tokenizer: Any = None,
+    advance: Callable[[int], None] = lambda _: None,
     **more: Any,
 ) -> Dataset:
-    keys = {"seed": 0, "offline": True, "allow_local_code": False, **more}
-    return prepare(data, tokenizer or tiny_tokenizer(), context, folder=folder, **keys)
+    request = Request(data, folder, **{"seed": 0, **more})
+    return prepare(request, tokenizer or tiny_tokenizer(), context, advance)
 
 
 def ask(prompt: str, completion: str) -> dict[str, str]:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorakit.data import cache, source
+from lorakit.data.items import Request
 from lorakit.data.prepare import Dataset
 from lorakit.data.tokens import MASKED, Example, Examples
 from lorakit.errors import BadInput, Place
@@ -26,9 +27,9 @@ ROWS = [ask(f"{k}?", f"{k}.") for k in range(12)]
 
 def cached(at: Path, data: Any, *, tokenizer: Any = None, **more: Any) -> Dataset:
     """Prepare data with the cache in the folder `at`."""
-    keys = {"folder": Path(), "seed": 0, "offline": True, "allow_local_code": False, **more}
-    context = keys.pop("context", None)
-    return cache.prepared(at, data, tokenizer or tiny_tokenizer(), context, **keys)
+    context, advance = more.pop("context", None), more.pop("advance", lambda _: None)
+    request = Request(data, **{"folder": Path(), "seed": 0, **more})
+    return cache.prepared(at, request, tokenizer or tiny_tokenizer(), context, advance)
 
 
 def entries(folder: Path) -> list[Path]:

@@ -13,6 +13,7 @@ import torch
 
 from lorakit import adapters
 from lorakit.data.cache import prepared
+from lorakit.data.items import Request
 from lorakit.errors import LorakitError, RunFailed
 from lorakit.model import base as bases
 from lorakit.model.sites import find_sites
@@ -90,16 +91,9 @@ def entry_of(subject: Subject) -> Path:
 def tokens(subject: Subject, place: Path) -> list[tuple[list[int], list[int]]]:
     """Return the ids and labels of the training rows, with a cache at `place`."""
     recipe = subject.plan.recipe
-    dataset = prepared(
-        place,
-        recipe.data,
-        subject.plan.tokenizer,
-        subject.plan.base.context,
-        folder=recipe.origin.folder,
-        seed=recipe.seed,
-        offline=True,
-        allow_local_code=False,
-    )
+    request = Request(recipe.data, recipe.origin.folder, recipe.seed)
+    plan = subject.plan
+    dataset = prepared(place, request, plan.tokenizer, plan.base.context)
     return [(example.ids.tolist(), example.labels.tolist()) for example in dataset.train]
 
 
