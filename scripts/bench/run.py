@@ -5,7 +5,8 @@
 
 Each arm is a process of its own; they run one after another, the first of a configuration again
 at the end. The model, the rows and the initial values are the same files for every arm. An arm
-whose losses differ from the reference's is disqualified, one that cannot run keeps its error.
+whose losses differ from the reference's is disqualified, one that cannot run keeps its error. A
+results file of the same commit, machine and settings is added to, so that a run may come in pieces.
 """
 
 import argparse
@@ -55,8 +56,8 @@ def prepare(bench: Bench, chosen: list[configs.Config], merges: bool) -> None:
     bench.prepare(chosen, **more)
 
 
-def everything(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
-    """Carry out what was asked for; return the results."""
+def everything(bench: Bench, options: argparse.Namespace, out: Path) -> dict[str, Any]:
+    """Carry out what was asked for; return the results, with those of earlier pieces."""
     if not bench.busy and (used := machine.wait_until_idle(bench.patience)) > machine.IDLE:
         sys.exit(f"{used} cores are busy: wait, or pass --busy and the rows will say so")
     every = (*configs.CPU, *configs.ABLATIONS)
@@ -65,27 +66,37 @@ def everything(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     find_peers(bench, options.peers)
     prepare(bench, list(by_id.values()), "C6" in options.only)
     bench.began = time.monotonic()
-    results: dict[str, Any] = {
-        "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+    run = {
         "commit": commit(),
         "machine": machine.describe(),
         "settings": {k: getattr(bench, k) for k in ("warm", "timed", "seconds", "threads")},
         "allowed_busy": bench.busy,
         "dtype": bench.facts["dtype"],
         "sizes": bench.facts["sizes"],
-        **bench.roof(options.roof),
-        "configs": [],
     }
+    results = {"date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", **run, **pieces(out, run)}
+    if "roof" not in results:
+        results |= {**bench.roof(options.roof), "configs": [], "minutes": 0.0}
     for name in (name for name in ORDER if name in options.only):
         if name in by_id:
-            results["configs"].append(bench.measured(by_id[name]))
+            others = [config for config in results["configs"] if config["id"] != name]
+            found = [*others, bench.measured(by_id[name])]
+            results["configs"] = sorted(found, key=lambda config: config["id"])
         else:
             say(name)
             results["merge" if name == "C6" else "start_up"] = at_the_prompt(bench, name)
     if "C2" in by_id:
         results["profile"] = profiled(bench, by_id["C2"])
-    results["minutes"] = round((time.monotonic() - bench.began) / 60, 1)
+    results["minutes"] = round(results["minutes"] + (time.monotonic() - bench.began) / 60, 1)
     return results
+
+
+def pieces(out: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """Return what a results file holds, nothing when it is of another run."""
+    if not out.is_file():
+        return {}
+    found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    return found if all(found.get(key) == value for key, value in run.items()) else {}
 
 
 def profiled(bench: Bench, config: configs.Config) -> dict[str, Any]:
@@ -147,8 +158,8 @@ def main() -> None:
     names = ("minutes", "threads", "warm", "timed", "seconds", "busy", "patience", "shrink")
     given = {name: getattr(options, name) for name in names}
     bench = Bench(options.work.resolve(), options.model.resolve(), **given)
-    results = everything(bench, options)
     out = options.out or HERE / "results" / f"cpu-{datetime.now(UTC):%Y-%m-%d}.json"
+    results = everything(bench, options, out)
     out.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results, indent=1).replace(f"{bench.work}/", "")
     out.write_text(text + "\n", encoding="utf-8")
