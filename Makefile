@@ -58,7 +58,7 @@ check: install  ## formatting, lint, types, architecture, freshness of generated
 	$(BIN)/python -m pytest --quiet tests/test_architecture.py
 
 test: model check  ## check, then the whole suite; fails without the model unless OFFLINE=1
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --dist loadfile
 
 faults: install  ## try every fault in full; a stopped run goes on; writes tests/faults/README.md
 	$(BIN)/python -m tests.faults
