@@ -19,7 +19,7 @@ from lorakit.adapters import Saved, attach_layers, switched_off
 from lorakit.export.blocks import MergedTensors
 from lorakit.model.base import Base, load_tokenizer
 from lorakit.model.config import read_config
-from lorakit.model.streamed import streamed
+from lorakit.model.streamed import held_bytes, streamed
 from lorakit.model.tokenizer import VOCABULARIES
 from lorakit.model.weights import open_folder
 from lorakit.threads import Threads
@@ -82,11 +82,15 @@ class Logits:
 
 
 def needed_bytes(tensors: MergedTensors, base: Base, dtype: torch.dtype) -> int:
-    """Return the memory that comparing logits takes at most: a matrix and three models' logits."""
+    """Return the memory that comparing logits takes at most: a matrix and three models' logits.
+
+    And a whole model, where the weights cannot be read as they are used.
+    """
     sizes = [tensors.size(name) for unit in tensors.units for name in unit.names.values()]
     vocabulary: int = base.config.get_text_config().vocab_size
     logits = 4 * len(PROBES) * TOKENS * vocabulary
-    return (max(sizes) + logits) * compute_dtype(dtype).itemsize
+    held = held_bytes(base, tensors.weights)
+    return held + (max(sizes) + logits) * compute_dtype(dtype).itemsize
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

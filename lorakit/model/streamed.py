@@ -7,6 +7,7 @@ is. Plain linear layers take a block of their rows, embeddings the rows that the
 import copy
 import weakref
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn import functional
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lorakit.model.base import Base, load
+from lorakit.model.base import Base, load, skeleton
 from lorakit.model.config import attempt
 from lorakit.model.weights import Loaded, Weights
 from lorakit.storage.tensors import ALL_ROWS
@@ -142,6 +143,13 @@ def streamed(
         if stored := weights.stored_name(name):
             model.get_buffer(name).copy_(weights.read(stored))
     return model
+
+
+def held_bytes(base: Base, weights: Weights) -> int:
+    """Return how much of the weights `streamed` holds in memory all the time: none or all."""
+    if stored_names(skeleton(base), weights) is not None:
+        return 0
+    return sum(prod(weights.shape(name)) for name in weights.names) * _widest(weights).itemsize
 
 
 def stored_names(model: PreTrainedModel, weights: Weights) -> dict[int, str] | None:

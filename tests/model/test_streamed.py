@@ -9,7 +9,7 @@ from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lorakit.model.base import load
-from lorakit.model.streamed import RowByRow, Stored, streamed
+from lorakit.model.streamed import RowByRow, Stored, held_bytes, streamed
 from lorakit.model.weights import Weights
 from lorakit.threads import Threads
 from tests.export.adapters import find_base
@@ -81,6 +81,15 @@ def test_logits_are_those_of_a_loaded_model(
     assert found.dtype == dtype
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_what_is_held_is_the_whole_model_where_transformers_converts_it(tmp_path: Path) -> None:
+    for family, share in (("llama", 0), ("mixtral", 1)):
+        base = find_base(write_model(tmp_path / family, family))
+        loaded = load(base, device=CPU, dtype=torch.float32)
+        with base.weights() as weights:
+            held = held_bytes(base, weights)
+        assert held == share * sum(parameter.nbytes for parameter in loaded.parameters())
 
 
 def test_no_more_than_a_few_rows_of_a_matrix_are_read(
