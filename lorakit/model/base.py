@@ -36,7 +36,7 @@ from lorakit.model.quantized import Quantization, check_asked, check_installed
 from lorakit.model.quantizer import adopt, quantize, quantizing
 from lorakit.model.sites import find_sites
 from lorakit.model.tokenizer import files_sha256, read_tokenizer
-from lorakit.model.weights import Loaded, Weights, has_weights, open_folder
+from lorakit.model.weights import Loaded, Unread, Weights, has_weights, open_folder
 from lorakit.recipe import sections
 from lorakit.storage.hashing import sha256_file
 
@@ -218,6 +218,7 @@ def load(
 
     Weights are quantised one by one as they are read, so that they are never all there in `dtype`;
     those of a GGUF file are, in host memory. Weights that are stored quantised stay as they are.
+    Dense ones are mapped where the files have their dtype.
 
     Raises:
         BadInput: `model.missing-tensor` or `model.shape-mismatch`.
@@ -239,6 +240,8 @@ def load(
         options["device_map"] = {"": device}
     if base.folder:
         check_shards(base.folder)
+    place: Path | None = base.folder or base.where.parent
+    kind = _AUTO
     with ExitStack() as stack:
         stack.enter_context(_no_progress_bars())
         if base.gguf:
@@ -249,7 +252,11 @@ def load(
             options["use_safetensors"] = True
             if how and not base.stored:
                 options["quantization_config"] = stack.enter_context(quantizing(how, where))
-        model, info = _AUTO.from_pretrained(base.folder or base.where.parent, **options)
+                # Mapped, all that was read would stay resident as long as one dense tensor does.
+                stored = stack.enter_context(base.weights())
+                options["state_dict"] = {name: Unread(stored, name) for name in stored.names}
+                place, kind = None, type(skeleton(base))
+        model, info = kind.from_pretrained(place, **options)
     check_loaded(info, where)
     if base.stored and how:
         adopt(model, find_sites(skeleton(base)), how)

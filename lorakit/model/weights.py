@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import EllipsisType
 from typing import Self
 
 import torch
@@ -122,6 +123,16 @@ class Weights:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Unread:
+    """A stored tensor that is read into new memory when transformers asks for all of it."""
+
+    def __init__(self, weights: Weights, name: str) -> None:
+        self._weights, self._name = weights, name
+
+    def __getitem__(self, everything: EllipsisType) -> Tensor:
+        return self._weights.read(self._name)
 
 
 def open_folder(folder: Path, *, links_into: Path | None = None) -> Weights:

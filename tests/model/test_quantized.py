@@ -283,6 +283,8 @@ def test_loading_never_holds_more_than_one_shard_besides_what_it_keeps(
 
     monkeypatch.setattr(QuantizedLinear, "take", watched)
     held = load(found, quantization=FORMS[0])
+    mapped = Path("/proc/self/maps")
+    assert not mapped.is_file() or str(tmp_path) not in mapped.read_text(), "read, not mapped"
     kept = sum(parameter.nbytes for parameter in held.parameters())
     assert kept < 0.2 * stored
     assert kept < peak - before < kept + shard < 0.3 * stored
