@@ -2,6 +2,7 @@
 
     python scripts/bench/memory_grid.py --out scripts/bench/results/memory-cpu.json
 
+With `--only` it may be measured in pieces: rows of the same commit that the file has stay in it.
 Each configuration is a process of its own: it plans, then loads the base and takes two steps with
 lorakit's own loop. On a CPU what counts is how far its resident memory grows over what it was
 before the base was loaded; on a GPU the allocator's peak. The estimate is without the overhead of
@@ -30,6 +31,7 @@ from lorakit.environment import cache_folder, quiet_libraries
 quiet_libraries(offline=True)
 
 import measure
+from bench import commit
 
 GOALS = {"cpu": 0.15, "cuda": 0.10}
 RANK, SEED = 16, 42
@@ -258,11 +260,22 @@ def results(device: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "grid": "memory",
         "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        "commit": commit(),
         "device": next((row["device"] for row in rows if "device" in row), device),
         "versions": measure.versions(),
         "goal": GOALS[device],
         "rows": rows,
     }
+
+
+def with_earlier(found: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Return results with the rows that an earlier call measured on the same commit and device."""
+    if not file.is_file():
+        return found
+    earlier = json.loads(file.read_text(encoding="utf-8"))
+    same = all(earlier.get(key) == found[key] for key in ("grid", "commit", "device", "versions"))
+    rows = {row["number"]: row for row in (*(earlier["rows"] if same else ()), *found["rows"])}
+    return found | {"rows": [rows[number] for number in sorted(rows)]}
 
 
 def table(found: dict[str, Any]) -> str:
@@ -281,7 +294,8 @@ def table(found: dict[str, Any]) -> str:
             cells += [*sizes, f"**{row['ratio']:.2f}**" if off else f"{row['ratio']:.2f}"]
         lines.append("| " + " | ".join(cells) + " |")
     good = sum(abs(row["ratio"] - 1) <= goal for row in rows if "ratio" in row)
-    note = f"{found['date']}, {found['device']}: {good} of {len(rows)} within {goal:.0%}."
+    where = f"{found['date']}, commit {found['commit']}, {found['device']}"
+    note = f"{where}: {good} of {len(rows)} within {goal:.0%}."
     return "\n".join(lines) + f"\n\n{note}\n"
 
 
@@ -307,6 +321,7 @@ def main() -> int:
     rows = measured(options.device, options.work, minutes=options.minutes, only=options.only)
     found = results(options.device, rows)
     if options.out:
+        found = with_earlier(found, options.out)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(table(found))
