@@ -18,8 +18,10 @@ from transformers import PreTrainedModel
 from lorakit.model.families import plain_head
 from lorakit.model.inputs import Tokens, forward_inputs, trained_positions
 
-# Logits of one chunk in fp32: small enough for caches on a CPU, large enough to keep a GPU busy.
-CHUNK_BYTES = {"cpu": 64 << 20}
+# Logits of one chunk in fp32: large enough to keep a GPU busy. On a CPU below what the C library
+# maps apart (`runtime.py`): such memory is cleared anew for each chunk, and is not that which the
+# backward pass of the layers takes afterwards.
+CHUNK_BYTES = {"cpu": 30 << 20}
 CHUNK_BYTES_GPU = 256 << 20
 CHUNK_ROWS = (64, 1024)
 

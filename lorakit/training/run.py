@@ -102,6 +102,10 @@ def prepare(plan: Plan, runtime: Runtime, folder: RunFolder, reporter: Reporter,
     groups = method.param_groups(model, settings.learning_rate)
     optimizer = optim.build(settings, groups, plan.setup.optimizer, runtime.free_bytes())
     gradients = Gradients(named)
+    if not runtime.lags:
+        # A step that changes nothing makes the states: behind a real one they would lie scattered
+        # in the memory that it frees, and the next could not have it in one piece.
+        optim.take_step(optimizer, torch.ones(()))
     run = Run(plan, runtime, folder, reporter, stop, model, method, named, gradients, optimizer)
     run.scale = torch.tensor(
         FP16_SCALE if plan.dtype is torch.float16 else 1.0, device=runtime.device
