@@ -79,6 +79,8 @@ class _HeadLoss(torch.autograd.Function):
                 dlogits = logp.exp_()
                 dlogits.scatter_add_(1, places, -torch.ones_like(places, dtype=dlogits.dtype))
                 torch.mm(dlogits.to(weight.dtype), weight, out=grad[rows])
+                del dlogits
+            del logp  # gone before the next chunk is made
         ctx.save_for_backward(grad)
         return total
 
