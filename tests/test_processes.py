@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from lorakit.processes import SIGNALS, Signalled, Stop, raising_on_signals
+from lorakit.processes import SIGNALS, Signalled, Stop, raising_on_signals, tunables
 
 
 def test_the_first_signal_sets_the_flag_and_handlers_come_back() -> None:
@@ -64,3 +64,36 @@ def test_a_launched_command_hands_its_exit_code_on() -> None:
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ended.returncode == 2
     assert ended.stderr.count("No such command") == 1
+
+
+def python(program: str, *arguments: str, **variables: str) -> str:
+    """Return what a program prints in a process that is started with these variables."""
+    command = [sys.executable, "-c", program, *arguments]
+    rest = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    done = subprocess.run(command, env=rest | variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_command_starts_again_with_what_it_is_told_and_only_as_itself() -> None:
+    program = (
+        "import os, sys; from lorakit.processes import start_again; print('at', flush=True)\n"
+        "if 'called' in sys.argv: sys.argv = ['lorakit', 'train']\n"
+        "if 'X' not in os.environ: start_again({'X': '1'} if 'asked' in sys.orig_argv else {})\n"
+        "print(os.environ.get('X'), *sys.argv[1:])"
+    )
+    assert python(program, "train", "asked") == "at\nat\n1 train asked\n"
+    assert python(program, "train") == "at\nNone train\n"
+    assert python(program, "asked", "called") == "at\nNone train\n"
+
+
+def test_settings_of_the_allocator_are_for_libraries_that_need_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    for library, needs in (("glibc 2.36", True), ("glibc 2.39", False), (None, False)):
+        monkeypatch.setattr(os, "confstr", lambda _, library=library: library)
+        assert bool(tunables()) is needs
+    monkeypatch.setattr(os, "confstr", lambda _: "glibc 2.36")
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=1")
+    assert not tunables(), "what a user sets stays"

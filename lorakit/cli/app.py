@@ -9,6 +9,7 @@ from lorakit import __version__
 from lorakit.cli import data, doctor, eval, generate, merge, methods, plan, recipes, train
 from lorakit.cli.screen import Screen, usage
 from lorakit.errors import BadInput
+from lorakit.processes import start_again, tunables
 from lorakit.storage.redact import printable
 
 app = typer.Typer(
@@ -44,6 +45,8 @@ def options(
 
 def main() -> None:
     """Run the command line and leave with its exit code; wrong usage is told as any other error."""
+    if sys.argv[1:2] == ["train"] or "--measure" in sys.argv:
+        start_again(tunables())
     try:
         code = app(prog_name="lorakit", standalone_mode=False)
     except TyperException as error:

@@ -14,6 +14,7 @@ interpreter and driver. The grid was settled before the first measurement; misse
 import argparse
 import gc
 import json
+import os
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from lorakit.environment import cache_folder, quiet_libraries
+from lorakit.processes import tunables
 
 quiet_libraries(offline=True)
 
@@ -218,7 +220,8 @@ def run_one(job: dict[str, Any]) -> dict[str, Any]:
 def child(job: dict[str, Any]) -> dict[str, Any]:
     """Run one job in a process of its own."""
     command = [sys.executable, __file__, "--job", json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    started = os.environ | tunables()  # as `lorakit train` starts
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=started)
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines or not lines[-1].startswith("{"):
         return {"error": (done.stderr.strip() or done.stdout.strip())[-1500:]}
