@@ -151,7 +151,8 @@ class Notice:
 
     ids: ClassVar[frozenset[str]] = frozenset(
         """
-        checkpoint.skipped checkpoint.inexact security.remote-code security.local-code
+        checkpoint.skipped checkpoint.inexact checkpoint.of-another output.open-to-all
+        security.remote-code security.local-code
         data.dropped data.cut data.eos-untrained data.extra-fields data.overlap data.special-tokens
         adapter.base-unknown adapter.no-passport adapter.passport-changed
         adapter.unknown-setting

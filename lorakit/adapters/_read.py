@@ -140,7 +140,7 @@ def _locate(path: Path) -> Path:
     """Return the folder that holds the adapter's two files.
 
     Raises:
-        BadInput: `adapter.not-found`, `adapter.missing-file`, or `security.pickle`.
+        BadInput: `adapter.not-found`, `adapter.missing-file`, `security.pickle` or `security.path`.
     """
     if not path.is_dir():
         what = "is a file, not an adapter's folder" if path.exists() else "there is no such folder"
@@ -156,6 +156,14 @@ def _locate(path: Path) -> Path:
                 refuse_pickle(other, folder)
         message = f"{name} is missing; found {', '.join(map(printable, present[:10])) or 'nothing'}"
         raise BadInput("adapter.missing-file", message, where=str(folder))
+    for name in (CONFIG, TENSORS, PASSPORT):
+        if (folder / name).is_symlink():
+            raise BadInput(
+                "security.path",
+                f"{name} is a symbolic link, which may lead outside the adapter's folder",
+                where=str(folder),
+                help=f"where you trust it: cp -rL {folder} COPY",
+            )
     return folder
 
 

@@ -4,6 +4,7 @@ A mapped file counts against memory limits and dies of SIGBUS when it shrinks; t
 syncs what it writes nor honours the umask (version 0.8). `header.py` has the format.
 """
 
+import errno
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -194,10 +195,12 @@ class TensorWriter:
             source.copy(name, self._descriptor, entry.start)
 
     def finish(self) -> None:
-        """Write the header; the folder's publication pushes the file to the disk.
+        """Write the header and read it again; the folder's publication pushes it to the disk.
+
+        Who wrote the tensors compares them; a metadata entry of the header nobody would miss.
 
         Raises:
-            RunFailed: when the disk refuses.
+            RunFailed: when the disk refuses, or holds another header than it was given.
             ValueError: when a row was not written, or twice.
         """
         for name, spans in self._written.items():
@@ -210,6 +213,8 @@ class TensorWriter:
                 raise ValueError(f"{name}: {row} of {rows} rows were written")
         with storage_errors(self.path, self.size):
             write_all(self._descriptor, self.layout.header)
+            if os.pread(self._descriptor, len(self.layout.header), 0) != self.layout.header:
+                raise OSError(errno.EIO, "the header just written is not what the disk holds")
         self._finished = True
 
     def __enter__(self) -> Self:

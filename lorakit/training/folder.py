@@ -15,6 +15,7 @@ from lorakit.runtime import Runtime
 from lorakit.storage import strict_json
 from lorakit.storage.disk import storage_errors, sync
 from lorakit.storage.lock import locked, refuse_locked
+from lorakit.storage.owners import of_another, open_to_all
 from lorakit.storage.paths import open_regular
 from lorakit.storage.publish import is_aside, publish_file, remove_folder, sweep
 from lorakit.storage.redact import redact
@@ -193,7 +194,8 @@ def _found(
     path: Path, mode: Mode, runtime: Runtime, pinned: Mapping[str, Any], *, allow_inexact: bool
 ) -> RunFolder:
     """Find what a resume goes on from."""
-    fresh = RunFolder(path, runtime.is_main, pinned)
+    exposed = open_to_all(path)
+    fresh = RunFolder(path, runtime.is_main, pinned, notices=(exposed,) if exposed else ())
     if mode not in ("resume", "resume-or-start"):
         return fresh
     found, notices = checkpoint.newest(path / "checkpoints")
@@ -207,7 +209,9 @@ def _found(
     if changed:
         message = f"the run does not go on as it began: {'; '.join(folder.changes)}"
         notices.append(Notice("checkpoint.inexact", message, Place(str(found.folder))))
-    return replace(folder, notices=tuple(notices))
+    if foreign := of_another(found.folder):
+        notices.append(foreign)
+    return replace(folder, notices=(*fresh.notices, *notices))
 
 
 def supersede(metrics: Path, step: int) -> None:

@@ -12,18 +12,18 @@ from lorakit.errors import RunFailed
 class Gradients:
     """All gradients in one fp32 buffer: one sum over processes, one norm, one fill with zeros.
 
-    Each parameter's `.grad` is a view of the buffer, so backward adds into it. Three more places
-    travel with them: the step's loss, how many processes ran out of memory, and how many were
-    asked to stop.
+    Each parameter's `.grad` is a view of the buffer, so backward adds into it. Four more places
+    travel with them: the step's loss, and how many processes ended their part of it early, ran
+    out of memory, and were asked to stop.
     """
 
     def __init__(self, named: Mapping[str, nn.Parameter]) -> None:
         self.named = dict(named)
         parameters = self.named.values()
         first = next(iter(parameters))
-        self.buffer = torch.zeros(sum(p.numel() for p in parameters) + 3, device=first.device)
-        self.flat = self.buffer[:-3]
-        self.loss, self.short, self.stops = self.buffer[-3], self.buffer[-2], self.buffer[-1]
+        self.buffer = torch.zeros(sum(p.numel() for p in parameters) + 4, device=first.device)
+        self.flat = self.buffer[:-4]
+        self.loss, self.dropped, self.short, self.stops = self.buffer[-4:].unbind()
         start = 0
         for parameter in parameters:
             stop = start + parameter.numel()

@@ -95,8 +95,8 @@ def step(run: Run, index: int) -> bool:
     """Take optimizer step `index`; its numbers stay on the device, in `run.pending`.
 
     Returns:
-        Whether it was taken: a step that cannot end before the process must is dropped. Where
-        there are several processes each would have to drop it, so none does.
+        Whether it was taken: a step that cannot end before the process must is dropped, in every
+        process when it is in one.
     """
     gradients, settings, total = run.gradients, run.plan.recipe.train, run.plan.steps.total
     rate = optim.set_rate(run.optimizer, optim.factor(settings, index, total))
@@ -104,11 +104,11 @@ def step(run: Run, index: int) -> bool:
     batches = run.plan.steps.step(index)  # none, where there are more processes than rows
     watch = gradients.watch() if index == 0 and batches else None
     while True:
-        taken, short = accumulate(run, index, batches, trained)
-        if not taken:
+        short = accumulate(run, index, batches, trained)
+        run.runtime.sum(gradients.buffer)
+        if is_dropped(run):
             gradients.zero()
             return False
-        run.runtime.sum(gradients.buffer)
         if not fell_short(run, short):
             break
         halve(run, index, short)
@@ -131,21 +131,20 @@ def step(run: Run, index: int) -> bool:
     return True
 
 
-def accumulate(
-    run: Run, index: int, batches: Sequence[Batch], trained: int
-) -> tuple[bool, Batch | None]:
-    """Add up loss and gradients of this process's micro-batches of a step.
+def accumulate(run: Run, index: int, batches: Sequence[Batch], trained: int) -> Batch | None:
+    """Add up loss and gradients of this process's micro-batches of a step, while time is left.
 
     Returns:
-        Whether the step can end in time, and the micro-batch that memory ran out in.
+        The micro-batch that memory ran out in.
     """
     plan, gradients = run.plan, run.gradients
     run.runtime.seed_step(plan.recipe.seed, index)
-    began, alone = time.monotonic(), run.runtime.processes == 1
+    began = time.monotonic()
     for number, batch in enumerate(batches):
         left = (len(batches) - number) * (time.monotonic() - began) / max(1, number)
-        if alone and run.stop.comes_before(left):
-            return False, None
+        if run.stop.comes_before(left):
+            gradients.dropped += 1
+            return None
         try:
             loss = token_loss(run.model, put(batch, run.runtime.device)) / trained
             torch.autograd.backward(loss * run.scale)
@@ -155,12 +154,21 @@ def accumulate(
             if plan.recipe.train.on_oom == "stop":
                 raise in_a_batch(run, index, batch) from error
             gradients.short += 1
-            return True, batch
+            return batch
         gradients.loss += loss.detach() * run.scale
     if (penalty := run.method.penalty(run.model)) is not None:
         torch.autograd.backward(penalty * run.scale / run.runtime.processes)
     gradients.stops += float(run.stop.requested)
-    return True, None
+    return None
+
+
+def is_dropped(run: Run) -> bool:
+    """Tell whether some process ended its part of a step early.
+
+    Only where that can be is the device waited for.
+    """
+    possible = run.stop.grace is not None and (run.runtime.processes > 1 or run.stop.requested)
+    return possible and bool(run.gradients.dropped)
 
 
 def settle(run: Run, keep: int) -> bool:

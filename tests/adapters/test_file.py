@@ -482,6 +482,19 @@ def test_missing_things_are_named(folder, tmp_path):
     assert refusal(folder).id == "adapter.missing-file"
 
 
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "adapter_model.safetensors", "lorakit.json"]
+)
+def test_a_link_is_never_followed(folder, tmp_path, name):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text("a secret")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(elsewhere)
+    error = refusal(folder)
+    assert error.id == "security.path"
+    assert "secret" not in str(error)
+
+
 def test_a_pickle_is_never_opened(folder):
     (folder / TENSORS).rename(folder / "adapter_model.bin")
     error = refusal(folder)

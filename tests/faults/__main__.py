@@ -2,12 +2,13 @@
 
 import argparse
 import json
+import math
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,6 +19,7 @@ pytest_configure()  # before torch is imported, which reads the environment
 from lorakit.storage.disk import append_line  # noqa: E402
 from tests.faults.subject import Subject  # noqa: E402
 from tests.faults.trials import Missing, Trial, all_trials  # noqa: E402
+from tests.faults.workers import Result, carry_out, tried  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "runs" / "faults.jsonl"
@@ -31,18 +33,21 @@ def main() -> int:
     parser.add_argument("ids", nargs="*", metavar="ID", help="of trials; else all")
     parser.add_argument("--quick", action="store_true", help="only the cases of the tests")
     parser.add_argument("--case", type=int, help="one case, whatever is known of it")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="side by side")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no case after them")
     parser.add_argument("--table", action="store_true", help="run nothing, write the table")
     options = parser.parse_args()
     trials = [one for one in all_trials() if not options.ids or one.id in options.ids]
     memory = Path("/dev/shm")
     place = Path(tempfile.mkdtemp(prefix="faults-", dir=memory if memory.is_dir() else None))
     try:
-        subject = Subject.at(place / "subject")
-        if options.case is not None:
-            return int(any(_failure(trial, subject, options.case, place) for trial in trials))
         if not options.table:
-            for trial in trials:
-                _run(trial, subject, place, quick=options.quick)
+            subject = Subject.at(place / "subject")
+            if options.case is not None:
+                results = [tried(trial, subject, options.case, place) for trial in trials]
+                sys.stdout.writelines(f"{result.failure or 'nothing'}\n" for result in results)
+                return int(any(result.failure for result in results))
+            _run(trials, subject, place, options)
         table, failed = _table(trials)
         sys.stdout.write(table)
         if len(trials) == len(all_trials()) and not options.quick:
@@ -53,46 +58,38 @@ def main() -> int:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _run(trial: Trial, subject: Subject, place: Path, *, quick: bool) -> None:
-    """Run the cases of a trial that are not known on this commit."""
+def _run(trials: list[Trial], subject: Subject, place: Path, options: argparse.Namespace) -> None:
+    """Try the cases that are not known on this commit."""
     commit = _commit()
-    known = _known(trial).get(commit, {})
-    try:
-        cases = trial.sample(subject) if quick else list(range(trial.count(subject)))
-        missing = [case for case in cases if case not in known]
-        began = time.monotonic()
-        for done, case in enumerate(missing, 1):
-            known[case] = _failure(trial, subject, case, place)
-            _note(trial, commit, case, known[case])
-            if done % 20 == 0 or done == len(missing):
-                failed = sum(failure is not None for failure in known.values())
-                left = (time.monotonic() - began) / done * (len(missing) - done)
-                _say(f"{trial.id}  {done}/{len(missing)}  {failed} failed  {left:.0f} s left")
-    except Missing as reason:
-        _say(f"{trial.id}  cannot run here: {reason}")
+    missing: list[tuple[Trial, int]] = []
+    for trial in trials:
+        known = _known(trial).get(commit, {})
+        try:
+            cases = trial.sample(subject) if options.quick else range(trial.count(subject))
+        except Missing as reason:
+            _say(f"{trial.id}  cannot run here: {reason}")
+            continue
+        missing += [(trial, case) for case in cases if case not in known]
+        _say(f"{trial.id}  {len(cases)} cases, {len(known)} known")
+    began, done = time.monotonic(), 0
 
+    def note(result: Result) -> None:
+        nonlocal done
+        done += 1
+        if result.missing:
+            _say(f"{result.trial}  cannot run here: {result.missing}")
+            return
+        row = {"commit": commit, "trial": result.trial, "case": result.case}
+        append_line(RESULTS, json.dumps(row | {"failure": result.failure}))
+        if result.failure:
+            _say(f"{result.trial}  case {result.case} failed:\n{result.failure}")
+        if done % 100 == 0:
+            _say(f"{result.trial}  {done} cases here in {time.monotonic() - began:.0f} s")
 
-def _failure(trial: Trial, subject: Subject, case: int, place: Path) -> str | None:
-    """Try one case; return how it failed."""
-    folder = place / "case"
-    folder.mkdir()
-    try:
-        trial.body(subject, case, folder)
-    except Missing:
-        raise
-    except Exception as error:
-        text = "".join(traceback.format_exception(error))[-3000:]
-        _say(f"{trial.id} case {case} failed:\n{text}")
-        return text
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return None
-
-
-def _note(trial: Trial, commit: str, case: int, failure: str | None) -> None:
     RESULTS.parent.mkdir(exist_ok=True)
-    row = {"commit": commit, "trial": trial.id, "case": case, "failure": failure}
-    append_line(RESULTS, json.dumps(row))
+    seconds = 60 * options.minutes
+    begun = carry_out(missing, subject, place, note, processes=options.processes, seconds=seconds)
+    _say(f"{len(missing) - begun} cases left")
 
 
 def _known(trial: Trial) -> dict[str, dict[int, str | None]]:

@@ -1,5 +1,6 @@
 """A copy of this process that carries out one action, so that imports are paid once."""
 
+import gc
 import os
 import signal
 import sys
@@ -9,6 +10,8 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn, Self
+
+from lorakit.processes import SIGNALS
 
 CRASHED = 99  # exit code of a child whose action raised
 
@@ -30,10 +33,15 @@ class Child:
     def __init__(self, action: Callable[[], int | None], *, held: bool = False) -> None:
         self._printed = os.memfd_create("printed")
         waiting, self._gate = os.pipe()
+        # A signal may come before the child is on its own: it waits until then.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        gc.freeze()  # else a look for garbage in the child copies every page of this process
         with warnings.catch_warnings():  # torch has threads; the child runs none of their code
             warnings.simplefilter("ignore", DeprecationWarning)
             self.pid = os.fork()
-        if not self.pid:
+        if self.pid:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        else:
             os.close(self._gate)
             if held:
                 os.read(waiting, 1)
@@ -43,6 +51,9 @@ class Child:
     def _become(self, action: Callable[[], int | None]) -> NoReturn:
         code: int | None = CRASHED
         try:
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             for descriptor in (1, 2):
                 os.dup2(self._printed, descriptor)
             sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)

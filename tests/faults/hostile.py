@@ -205,7 +205,7 @@ ARTIFACTS: tuple[tuple[str, Spoil], ...] = (
 
 def loaded(subject: Subject, case: int, folder: Path) -> None:
     rng = chance("s1", case)
-    kind, spoil = ARTIFACTS[case % len(ARTIFACTS)]
+    kind, spoil = ARTIFACTS[case // 30]
     command = rng.choice(COMMANDS[kind])
     copied(subject.folder / "model", folder / "model")
     copied(subject.whole / "adapter", folder / "adapter")

@@ -47,7 +47,7 @@ def before_a_call(subject: Subject, case: int, folder: Path) -> None:
 def duration(subject: Subject, *, merge: bool) -> float:
     """Return the seconds that a run takes."""
     began = time.monotonic()
-    ended = run(subject.train(subject.folder / f"timed-{merge}", merge=merge))
+    ended = run(subject.train(subject.own(f"timed-{merge}"), merge=merge))
     assert ended.code == 0, ended
     return time.monotonic() - began
 

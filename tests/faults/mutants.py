@@ -25,25 +25,26 @@ CALLS = frozenset(
     check_sha256 check_shards check_texts _check_tokenizer _check_scales
     """.split()
 )
+# Where, in which functions, and which trials are tried first.
 PLACES = (
-    ("lorakit.storage.disk", "sync make_folder"),
-    ("lorakit.storage.publish", "publish_folder publish_file remove_folder sweep set_aside"),
-    ("lorakit.storage.publish", "_prepare _settle _put"),
-    ("lorakit.storage.lock", "_take"),
-    ("lorakit.storage.manifest", "check_manifest"),
-    ("lorakit.storage.hashing", "check_sha256"),
-    ("lorakit.training.checkpoint", "newest save"),
-    ("lorakit.training.folder", "opened"),
-    ("lorakit.training.folder", "RunFolder.begin RunFolder.settle supersede"),
-    ("lorakit.model.merged", "_check"),
-    ("lorakit.model.base", "find load"),
-    ("lorakit.adapters._read", "_read_passport _check_tokenizer read"),
-    ("lorakit.adapters._saved", "_check_scales _fitting"),
+    ("lorakit.storage.disk", "sync make_folder", "a4"),
+    ("lorakit.storage.publish", "publish_folder publish_file remove_folder", "a4 b2 a1"),
+    ("lorakit.storage.publish", "sweep set_aside _prepare _settle _put", "a1 a4 b2"),
+    ("lorakit.storage.lock", "_take", "g1"),
+    ("lorakit.storage.manifest", "check_manifest", "d1 d2"),
+    ("lorakit.storage.hashing", "check_sha256", "d3 d4"),
+    ("lorakit.training.checkpoint", "newest save", "d2 d5"),
+    ("lorakit.training.folder", "opened", "a1"),
+    ("lorakit.training.folder", "RunFolder.begin RunFolder.settle supersede", "a4 a1"),
+    ("lorakit.model.merged", "_check", "d4"),
+    ("lorakit.model.base", "find load", "d4"),
+    ("lorakit.adapters._read", "_read_passport _check_tokenizer read", "d3"),
+    ("lorakit.adapters._saved", "_check_scales _fitting", "d3"),
 )
 CONDITIONS = frozenset("check_manifest newest save check_sha256 sweep _check_scales".split())
 # These only say sooner, or better, what the next line refuses as well.
 ONLY_WORDS = ("st_size", "step < state.step")
-# Who notices, the likeliest first, and how many cases of each are tried.
+# How many cases of each trial are tried; after the likely ones all others, in this order.
 NOTICE = {
     "d1": 40,
     "d2": 60,
@@ -66,6 +67,7 @@ class Mutant:
     function: str
     line: int
     what: str
+    likely: tuple[str, ...]
 
     def __str__(self) -> str:
         return f"{self.module}.{self.function}, line {self.line}: {self.what}"
@@ -108,12 +110,13 @@ class _Without(ast.NodeTransformer):
 def mutants() -> list[Mutant]:
     """Return every mutant of the places above."""
     found = []
-    for name, functions in PLACES:
+    for name, functions, likely in PLACES:
         module = import_module(name)
         tree = ast.parse(inspect.getsource(module))
         for function in functions.split():
             node = _definition(tree, function.split("."))
-            found += [Mutant(name, function, line, what) for line, what in _omissible(node)]
+            for line, what in _omissible(node):
+                found.append(Mutant(name, function, line, what, tuple(likely.split())))
     return found
 
 
@@ -159,8 +162,9 @@ def _try_on(mutant: Mutant, folder: Path) -> int:
     trials = {trial.id: trial for trial in all_trials()}
     try:
         subject = Subject.at(folder / "mutated" / "subject")
-        for name, count in NOTICE.items():
-            _carry_out(trials[name], count, subject, folder)
+        for name in dict.fromkeys((*mutant.likely, *NOTICE)):
+            print(f"{name} begins")  # noqa: T201
+            _carry_out(trials[name], NOTICE[name], subject, folder)
     except Exception as error:
         print(f"noticed: {str(error)[:200]}")  # noqa: T201
         return 0

@@ -84,8 +84,8 @@ def rotten_tokens(subject: Subject, case: int, folder: Path) -> None:
 @cache
 def entry_of(subject: Subject) -> Path:
     """Return a cache folder with one entry."""
-    tokens(subject, subject.folder / "cache")
-    return subject.folder / "cache"
+    tokens(subject, subject.own("cache"))
+    return subject.own("cache")
 
 
 def tokens(subject: Subject, place: Path) -> list[tuple[list[int], list[int]]]:

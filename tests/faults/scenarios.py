@@ -174,7 +174,7 @@ def _recorded(scenario: Scenario, subject: Subject) -> Recording:
 
 def _place(scenario: Scenario, subject: Subject, use: str) -> Path:
     subject.whole  # noqa: B018  # made first: it warms this process up
-    place = subject.folder / use / scenario.name.replace(" ", "-")
+    place = subject.own(use) / scenario.name.replace(" ", "-")
     place.mkdir(parents=True)
     scenario.prepare(place)
     return place

@@ -97,6 +97,10 @@ class Subject:
         """The digests of what an uninterrupted run leaves behind."""
         return result(self.whole)
 
+    def own(self, name: str) -> Path:
+        """Return the place of something that each process makes once and keeps."""
+        return self.folder / f"{name}-{os.getpid()}"
+
     def train(
         self, out: Path, mode: str = "--resume-or-start", *more: str, merge: bool = False
     ) -> Callable[[], int]:

@@ -8,10 +8,13 @@ from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from lorakit import runtime
 from lorakit.storage.lock import locked
-from lorakit.training import checkpoint
+from lorakit.training import checkpoint, loop
 from tests.faults.forked import Child, Ended, run
 from tests.faults.kills import duration
 from tests.faults.numbers_ import spoil
@@ -22,7 +25,7 @@ PATIENCE = 3  # seconds that one process waits for the other
 
 
 def started(
-    subject: Subject, out: Path, *, before: Callable[[int], None] = lambda _: None
+    subject: Subject, out: Path, *more: str, before: Callable[[int], None] = lambda _: None
 ) -> list[Child]:
     """Start a run in two processes, as the launcher does."""
     with socket.socket() as probe:
@@ -36,7 +39,8 @@ def started(
             os.environ["MASTER_ADDR"] = "127.0.0.1"
             runtime.PATIENCE = timedelta(seconds=PATIENCE)
             before(number)
-            return subject.lorakit("train", "recipe.yaml", "--out", str(out), "--resume-or-start")
+            words = ("train", "recipe.yaml", "--out", str(out), "--resume-or-start", *more)
+            return subject.lorakit(*words)
 
         return action
 
@@ -47,7 +51,7 @@ def started(
 def both(subject: Subject) -> tuple[dict[str, str], float]:
     """Return what two undisturbed processes leave behind, and how long they take."""
     began = time.monotonic()
-    out = subject.folder / "both"
+    out = subject.own("both")
     for child in started(subject, out):
         ended = child.ended()
         assert ended.code == 0, ended
@@ -117,6 +121,33 @@ def one_not_finite(subject: Subject, case: int, folder: Path) -> None:
         assert f"run.not-finite]: step {step}:" in ended.said, ended
 
 
+def one_in_haste(subject: Subject, case: int, folder: Path) -> None:
+    """Send SIGTERM to one of two processes in a micro-batch, with no time left: both drop it."""
+    rng = chance("c4", case)
+    wanted, _ = both(subject)
+    out, real, chosen = folder / "run", loop.token_loss, rng.randrange(4)
+    number = 0
+
+    def token_loss(*arguments: Any) -> torch.Tensor:
+        nonlocal number
+        number += 1
+        if number == chosen + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    def before(process: int) -> None:
+        if process == case % 2:
+            loop.token_loss = token_loss
+
+    ends = [child.ended() for child in started(subject, out, "--grace", "0", before=before)]
+    found, _ = checkpoint.newest(out / "checkpoints")
+    assert found
+    for ended in ends:
+        assert ended.code == 75, ended
+        assert f"after step {found.state.step}" in ended.said, ended
+    finish_both(subject, out, wanted)
+
+
 def two_runs(subject: Subject, case: int, folder: Path) -> None:
     rng = chance("g1", case)
     out = folder / "run"
@@ -134,7 +165,8 @@ def two_runs(subject: Subject, case: int, folder: Path) -> None:
 
 def refused_by_a_lock(subject: Subject, case: int, folder: Path) -> None:
     out = folder / "run"
-    with locked(out):
+    with locked(out) as sign:
+        sign()
         before = tree(out)
         began = time.monotonic()
         ended = run(subject.train(out))
@@ -155,11 +187,12 @@ def holder_killed(subject: Subject, case: int, folder: Path) -> None:
 
 
 def contended(subject: Subject, case: int, folder: Path) -> None:
-    (two_runs, refused_by_a_lock, holder_killed)[case % 3](subject, case, folder)
+    (two_runs, refused_by_a_lock, holder_killed)[case // 30](subject, case, folder)
 
 
 TRIALS = [
     Trial("e2", "NaN in one of two processes", 12, 1, one_not_finite),
+    Trial("c4", "SIGTERM and no time left in one of two processes", 12, 2, one_in_haste),
     Trial("f1", "SIGKILL of one of two processes", 30, 1, one_killed),
     Trial("f2", "SIGSTOP of one of two processes", 10, 1, one_hangs),
     Trial("g1", "two runs of one folder; a live and a dead holder of the lock", 90, 3, contended),

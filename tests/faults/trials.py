@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from tests.faults.subject import Subject
@@ -31,14 +32,15 @@ class Trial:
         return self.full if isinstance(self.full, int) else self.full(subject)
 
     def sample(self, subject: Subject) -> list[int]:
-        """Return the few cases that the tests try, spread over all."""
+        """Return the few cases that the tests try: one somewhere in each of as many equal parts."""
         count = self.count(subject)
         quick = min(self.quick, count)
-        return [number * count // quick for number in range(quick)]
+        bounds = [number * count // quick for number in range(quick + 1)] if quick else []
+        return [chance(self.id, part).randrange(*part) for part in pairwise(bounds)]
 
 
-def chance(trial: str, case: int) -> random.Random:
-    """Return the random numbers of one case."""
+def chance(trial: str, case: object) -> random.Random:
+    """Return the random numbers of one case, or of anything else that has a name."""
     return random.Random(f"{trial} {case}")
 
 

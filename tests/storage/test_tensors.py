@@ -459,6 +459,24 @@ def test_a_full_disk_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("at", range(0, 64, 7))
+def test_a_disk_that_keeps_another_header_is_noticed(
+    at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pwrite = os.pwrite
+
+    def lie(descriptor: int, data: Any, offset: int) -> int:
+        changed = bytearray(data)
+        changed[at] ^= offset == 0
+        return pwrite(descriptor, changed, offset)
+
+    monkeypatch.setattr(os, "pwrite", lie)
+    with pytest.raises(RunFailed, match="not what the disk holds") as caught:
+        write_tensors(tmp_path / "a.safetensors", {"a": torch.ones(64)}, {"format": "pt"})
+    assert caught.value.id == "storage.io"
+    assert not (tmp_path / "a.safetensors").exists()
+
+
 def test_the_header_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     offsets, pwrite = [], os.pwrite
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -239,6 +240,25 @@ def test_a_run_whose_facts_are_no_object_is_damaged(tmp_path: Path, mode: str) -
     with pytest.raises(LorakitError) as caught, opened(tmp_path, mode, ALONE, PINNED):  # type: ignore[arg-type]
         pass
     assert caught.value.id == "checkpoint.damaged"
+
+
+def test_a_checkpoint_of_another_account_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run"
+    with opened(path, "start", ALONE, PINNED) as folder:
+        assert folder.notices == ()
+        checkpoint.save(folder.checkpoints, State(step=2), PINNED, {}, lambda path: path.mkdir())
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with opened(path, "resume", ALONE, PINNED) as folder:
+        assert [notice.id for notice in folder.notices] == ["checkpoint.of-another"]
+
+
+def test_a_place_where_all_may_replace_the_run_is_told() -> None:
+    with tempfile.TemporaryDirectory() as name:  # those of pytest are closed to others
+        Path(name).chmod(0o777)
+        with opened(Path(name, "run"), "start", ALONE, PINNED) as folder:
+            assert [notice.id for notice in folder.notices] == ["output.open-to-all"]
 
 
 def test_rows_that_a_resume_takes_again_are_marked(tmp_path: Path) -> None:
