@@ -60,10 +60,10 @@ def main() -> int:
 
 def _run(trials: list[Trial], subject: Subject, place: Path, options: argparse.Namespace) -> None:
     """Try the cases that are not known on this commit."""
-    commit = _commit()
+    commit, everything = _commit(), _known()
     missing: list[tuple[Trial, int]] = []
     for trial in trials:
-        known = _known(trial).get(commit, {})
+        known = everything.get(trial.id, {}).get(commit, {})
         try:
             cases = trial.sample(subject) if options.quick else range(trial.count(subject))
         except Missing as reason:
@@ -92,22 +92,22 @@ def _run(trials: list[Trial], subject: Subject, place: Path, options: argparse.N
     _say(f"{len(missing) - begun} cases left")
 
 
-def _known(trial: Trial) -> dict[str, dict[int, str | None]]:
-    """Return what is known of the cases of a trial, by commit."""
-    known: dict[str, dict[int, str | None]] = {}
+def _known() -> dict[str, dict[str, dict[int, str | None]]]:
+    """Return how each case that was tried failed, by trial and commit."""
+    known: dict[str, dict[str, dict[int, str | None]]] = {}
     for line in RESULTS.read_text().splitlines() if RESULTS.exists() else ():
         row = json.loads(line)
-        if row["trial"] == trial.id:
-            known.setdefault(row["commit"], {})[row["case"]] = row["failure"]
+        cases = known.setdefault(row["trial"], {}).setdefault(row["commit"], {})
+        cases[row["case"]] = row["failure"]
     return known
 
 
 def _table(trials: list[Trial]) -> tuple[str, bool]:
     """Return a row for each trial, of the commit where most was tried, and whether any failed."""
     lines = ["| | trial | cases | failures | commit |\n|---|---|---|---|---|\n"]
-    failed = 0
+    failed, known = 0, _known()
     for trial in trials:
-        commits = _known(trial)
+        commits = known.get(trial.id, {})
         commit = max(reversed(commits), key=lambda one: len(commits[one]), default="")
         found = commits.get(commit, {})
         wrong = sum(failure is not None for failure in found.values())
