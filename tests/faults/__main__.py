@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -62,10 +63,12 @@ def _run(trials: list[Trial], subject: Subject, place: Path, options: argparse.N
     """Try the cases that are not known on this commit."""
     commit, everything = _commit(), _known()
     missing: list[tuple[Trial, int]] = []
+    counts: dict[str, int] = {}
     for trial in trials:
-        known = everything.get(trial.id, {}).get(commit, {})
+        known = everything.get((trial.id, commit), Known()).failures
         try:
-            cases = trial.sample(subject) if options.quick else range(trial.count(subject))
+            counts[trial.id] = trial.count(subject)
+            cases = trial.sample(subject) if options.quick else range(counts[trial.id])
         except Missing as reason:
             _say(f"{trial.id}  cannot run here: {reason}")
             continue
@@ -79,8 +82,8 @@ def _run(trials: list[Trial], subject: Subject, place: Path, options: argparse.N
         if result.missing:
             _say(f"{result.trial}  cannot run here: {result.missing}")
             return
-        row = {"commit": commit, "trial": result.trial, "case": result.case}
-        append_line(RESULTS, json.dumps(row | {"failure": result.failure}))
+        row = {"commit": commit, **asdict(result), "of": counts[result.trial]}
+        append_line(RESULTS, json.dumps(row))
         if result.failure:
             _say(f"{result.trial}  case {result.case} failed:\n{result.failure}")
         if done % 100 == 0:
@@ -92,26 +95,39 @@ def _run(trials: list[Trial], subject: Subject, place: Path, options: argparse.N
     _say(f"{len(missing) - begun} cases left")
 
 
-def _known() -> dict[str, dict[str, dict[int, str | None]]]:
-    """Return how each case that was tried failed, by trial and commit."""
-    known: dict[str, dict[str, dict[int, str | None]]] = {}
+@dataclass
+class Known:
+    """How the cases of a trial failed that were tried on one commit, and how many there are."""
+
+    of: int = 0
+    failures: dict[int, str | None] = field(default_factory=dict)
+
+
+def _known() -> dict[tuple[str, str], Known]:
+    """Return what is known, by trial and commit; the latest commit comes last."""
+    found: dict[tuple[str, str], Known] = {}
     for line in RESULTS.read_text().splitlines() if RESULTS.exists() else ():
         row = json.loads(line)
-        cases = known.setdefault(row["trial"], {}).setdefault(row["commit"], {})
-        cases[row["case"]] = row["failure"]
-    return known
+        known = found.setdefault((row["trial"], row["commit"]), Known())
+        known.of = row["of"]
+        known.failures[row["case"]] = row["failure"]
+    return found
 
 
 def _table(trials: list[Trial]) -> tuple[str, bool]:
     """Return a row for each trial, of the commit where most was tried, and whether any failed."""
     lines = ["| | trial | cases | failures | commit |\n|---|---|---|---|---|\n"]
-    failed, known = 0, _known()
+    found, failed = _known(), 0
     for trial in trials:
-        commits = known.get(trial.id, {})
-        commit = max(reversed(commits), key=lambda one: len(commits[one]), default="")
-        found = commits.get(commit, {})
-        wrong = sum(failure is not None for failure in found.values())
-        lines.append(f"| {trial.id} | {trial.what} | {len(found):,} | {wrong:,} | {commit} |\n")
+        known, commit = max(
+            ((known, commit) for (id, commit), known in reversed(found.items()) if id == trial.id),
+            key=lambda one: len(one[0].failures),
+            default=(Known(), ""),
+        )
+        tried = len(known.failures)
+        cases = f"{tried:,}" if tried == known.of else f"{tried:,} of {known.of:,}"
+        wrong = sum(failure is not None for failure in known.failures.values())
+        lines.append(f"| {trial.id} | {trial.what} | {cases} | {wrong:,} | {commit} |\n")
         failed += wrong
     return "".join(lines), failed > 0
 

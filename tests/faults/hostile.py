@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lorakit import environment
 from tests.faults.forked import run
 from tests.faults.subject import RECIPE, Subject, copied
 from tests.faults.trials import Trial, chance
@@ -220,7 +221,7 @@ def loaded(subject: Subject, case: int, folder: Path) -> None:
         os.environ["HF_TOKEN"] = "hf_" + "c" * 30
         at_home = Subject(folder)
         os.chdir(folder)
-        watch(log, (folder, subject.folder))
+        watch(log, (folder, subject.folder, environment.cache_folder()))
         return at_home.lorakit(*command.split())
 
     ended = run(action)
