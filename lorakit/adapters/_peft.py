@@ -1,8 +1,8 @@
 """PEFT's `adapter_config.json`: fields read strictly, patterns as PEFT means them."""
 
 import json
-import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -156,7 +156,7 @@ class PeftConfig:
         return value
 
     def _number(self, key: str, value: Any) -> float:
-        if type(value) not in (int, float) or not math.isfinite(value):
+        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
             raise self.wrong(key, f"expected a finite number, found {shown(value)}")
         return float(value)
 

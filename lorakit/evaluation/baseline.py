@@ -37,7 +37,7 @@ def read(path: Path, facts: Mapping[str, Any]) -> dict[str, float]:
             raise _mismatch(path, f"{key} is {found.get(key)!r} there, {facts[key]!r} here")
     try:
         return {str(name): float(one["value"]) for name, one in found["metrics"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
         raise _mismatch(path, "metrics: expected an object of {value, stderr, n}") from None
 
 

@@ -157,6 +157,7 @@ BAD_SETTINGS = {
     "r true": ({"r": True}, "adapter.bad-setting", "r: ", "true"),
     "r absent": ({"r": ...}, "adapter.bad-setting", "r: "),
     "another rank": ({"r": 8}, "adapter.bad-setting", "r: ", "8", "(4, 32)"),
+    "alpha huge": ({"lora_alpha": 10**400}, "adapter.bad-setting", "lora_alpha", "finite number"),
     "alpha null": ({"lora_alpha": None}, "adapter.bad-setting", "lora_alpha", "finite number"),
     "alpha text": ({"lora_alpha": "8"}, "adapter.bad-setting", "lora_alpha", "finite number"),
     "alpha zero": ({"lora_alpha": 0}, "adapter.bad-setting", "alpha"),

@@ -137,6 +137,8 @@ def test_a_baseline_comes_back_rounded(tmp_path: Path):
         '{"schema": "lorakit.baseline/1", "data_sha256": "d1", "normalize": ["strip"]}',
         '{"schema": "lorakit.baseline/1", "data_sha256": "d1", "normalize": ["strip"], '
         '"metrics": {"loss": 1}}',
+        '{"schema": "lorakit.baseline/1", "data_sha256": "d1", "normalize": ["strip"], '
+        f'"metrics": {{"loss": {{"value": {10**400}}}}}}}',
     ],
 )
 def test_a_baseline_of_unlike_things_is_refused(tmp_path: Path, text: str):
