@@ -13,6 +13,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -194,7 +195,8 @@ def tried(case: Case, count: int, of: int, place: Path) -> dict[str, object]:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         if wrong:
-            kind = wrong.split(": ")[-1] if "unseen" in wrong else wrong
+            kind = wrong.split(": ")[-1] if "unseen" in wrong else re.sub(r"/\S*/", "", wrong)
+            kind = re.sub(r"checkpoint-\d+", "checkpoint-N", kind)
             failures[kind] = failures.get(kind, 0) + 1
     return {"cases": count, "failures": sum(failures.values()), "how": failures}
 
