@@ -56,9 +56,9 @@ def run(
     try:
         with folders.interruptible(path) if goes_on else nullcontext():
             plan = planned_run(screen, recipe, permissions, mode, runtime)
-        pinned = passports.pinned(plan, runtime)
-        with folders.opened(path, mode, runtime, pinned, allow_inexact=allow_inexact) as folder:
-            return carried_out(screen, plan, runtime, folder, Stop(grace), goes_on=goes_on)
+            pinned = passports.pinned(plan, runtime)
+            with folders.opened(path, mode, runtime, pinned, allow_inexact=allow_inexact) as folder:
+                return carried_out(screen, plan, runtime, folder, Stop(grace), goes_on=goes_on)
     except Interrupted as error:
         error.help = f"go on with: {_command_to_resume(runtime)}"
         raise

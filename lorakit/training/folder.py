@@ -147,6 +147,7 @@ def opened(
         try:
             with interruptible(path):
                 yield folder
+                folder.note(status="finished")
         except (BadInput, RunFailed) as error:
             if made and not folder.at_work:
                 _remove(made)
@@ -157,7 +158,6 @@ def opened(
             stopped = isinstance(error, LorakitError) and error.exit_code == 75
             folder.end("interrupted" if stopped else "failed", error)
             raise
-        folder.note(status="finished")
 
 
 def _remove(made: Sequence[Path]) -> None:

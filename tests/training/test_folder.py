@@ -2,18 +2,21 @@
 
 import json
 import os
+import signal
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from lorakit.errors import BadInput, Interrupted, LorakitError, RunFailed
+from lorakit.processes import Signalled
 from lorakit.runtime import Runtime
 from lorakit.training import checkpoint
 from lorakit.training import folder as folder_module
 from lorakit.training.checkpoint import State
-from lorakit.training.folder import check_free, opened
+from lorakit.training.folder import RunFolder, check_free, opened
 
 ALONE = Runtime(torch.device("cpu"))
 PINNED = {"seed": 1}
@@ -240,6 +243,22 @@ def test_a_run_whose_facts_are_no_object_is_damaged(tmp_path: Path, mode: str) -
     with pytest.raises(LorakitError) as caught, opened(tmp_path, mode, ALONE, PINNED):  # type: ignore[arg-type]
         pass
     assert caught.value.id == "checkpoint.damaged"
+
+
+def test_a_signal_while_the_end_is_noted_can_be_gone_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, note = tmp_path / "run", RunFolder.note
+
+    def signalled(self: RunFolder, **facts: Any) -> None:
+        if facts.get("status") == "finished":
+            raise Signalled(signal.SIGTERM)
+        note(self, **facts)
+
+    monkeypatch.setattr(RunFolder, "note", signalled)
+    with pytest.raises(Interrupted), opened(path, "start", ALONE, PINNED) as folder:
+        checkpoint.save(folder.checkpoints, State(step=2), PINNED, {}, lambda path: path.mkdir())
+    assert status(path) == "interrupted"
 
 
 def test_a_checkpoint_of_another_account_is_told(
