@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from lorakit.adapters._method import Method, SiteSettings
 from lorakit.adapters._peft import PeftConfig, shown
 from lorakit.errors import BadInput
-from lorakit.model.patterns import matching
+from lorakit.model.patterns import ending
 from lorakit.storage.redact import printable
 
 # PEFT's copy of a whole embedding of the base, beside its update.
@@ -87,7 +87,7 @@ class Names:
         excluded = config.named("exclude_modules", entries)
         wanted = [(entry, modules) for entry in entries if entry not in excluded]
         wanted += [(entry, list(self.copies)) for entry in config.names("modules_to_save")]
-        return [f"any of `{printable(entry)}`" for entry, of in wanted if not matching(entry, of)]
+        return [f"any of `{printable(entry)}`" for entry, of in wanted if not ending(entry, of)]
 
     def _not_meant(self, config: PeftConfig) -> list[str]:
         """Return the tensors of modules that the settings do not name."""

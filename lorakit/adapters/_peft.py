@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
+
 from lorakit.errors import BadInput
-from lorakit.model.patterns import PREFIX, matching
+from lorakit.model.patterns import ending, searched
 from lorakit.storage.redact import printable
 
 V = TypeVar("V")
@@ -18,6 +20,8 @@ IMPORTS: Mapping[str, str] = {
     "megatron_core": r"megatron\.core",
     "auto_mapping": r"transformers(\.models\..+)?",
 }
+
+LARGEST = torch.finfo(torch.float32).max
 
 _LONGEST_PATTERN = 10_000
 _PLAIN = re.compile(r"[\w.]+")
@@ -51,6 +55,7 @@ class PeftConfig:
         self, key: str, message: str, id: str = "adapter.bad-setting", help: str | None = None
     ) -> BadInput:
         """Return the error about a key."""
+        help = help or "save the adapter again, or put the setting right by hand"
         return BadInput(id, f"{key}: {message}", where=self.path, help=help)
 
     def integer(self, key: str, least: int = 1, hint: str = "") -> int:
@@ -62,10 +67,19 @@ class PeftConfig:
         return self._number(key, self.values.get(key, default))
 
     def flag(self, key: str) -> bool:
-        """Return true or false, false when absent."""
-        value = self.values.get(key, False)
+        """Return true or false, false when absent or null."""
+        value = self.values.get(key)
+        if value is None:
+            return False
         if not isinstance(value, bool):
             raise self.wrong(key, f"expected true or false, found {shown(value)}")
+        return value
+
+    def text(self, key: str) -> str | None:
+        """Return a text, None when absent or null."""
+        value = self.values.get(key)
+        if value is not None and not isinstance(value, str):
+            raise self.wrong(key, f"expected a text or null, found {shown(value)}")
         return value
 
     def names(self, key: str) -> tuple[str, ...]:
@@ -91,8 +105,8 @@ class PeftConfig:
         """Return the modules that a list of names, or one expression for whole names, means."""
         value = self.values.get(key)
         if isinstance(value, str):
-            return set(self._fullmatch(key, value, modules))
-        return {module for entry in self.names(key) for module in matching(entry, modules)}
+            return set(self._fullmatch(key, [value], modules)[0])
+        return {module for entry in self.names(key) for module in ending(entry, modules)}
 
     def targeted(self, modules: Sequence[str]) -> set[str]:
         """Return the modules that PEFT would adapt, by `target_modules` and what narrows it."""
@@ -156,8 +170,8 @@ class PeftConfig:
         return value
 
     def _number(self, key: str, value: Any) -> float:
-        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
-            raise self.wrong(key, f"expected a finite number, found {shown(value)}")
+        if type(value) not in (int, float) or not -LARGEST <= value <= LARGEST:
+            raise self.wrong(key, f"expected a number of fp32, found {shown(value)}")
         return float(value)
 
     def _table(self, key: str) -> dict[str, Any]:
@@ -168,23 +182,24 @@ class PeftConfig:
 
     def _by_module(self, key: str, values: Mapping[str, V], modules: Sequence[str]) -> dict[str, V]:
         """Return the value of the first pattern that fits a module, whole or after a dot."""
+        written = [p for p in values if not _PLAIN.fullmatch(p)]
+        whole = [rf"(.*\.)?({pattern})" for pattern in written]
+        fits = dict(zip(written, self._fullmatch(key, whole, modules), strict=True))
         found: dict[str, V] = {}
         for pattern, value in values.items():
-            if _PLAIN.fullmatch(pattern):
-                fits = matching(pattern, modules)
-            else:
-                fits = self._fullmatch(key, rf"(.*\.)?({pattern})", modules)
-            found = {**dict.fromkeys(fits, value), **found}
+            meant = fits[pattern] if pattern in fits else ending(pattern, modules)
+            found = {**dict.fromkeys(meant, value), **found}
         return found
 
-    def _fullmatch(self, key: str, pattern: str, names: Sequence[str]) -> list[str]:
-        """Match a stranger's expression within the limits that recipes' own have."""
-        if len(pattern) > _LONGEST_PATTERN:
-            raise self.wrong(
-                key, f"unsupported: {len(pattern):,} characters", "adapter.bad-pattern"
-            )
+    def _fullmatch(
+        self, key: str, patterns: Sequence[str], names: Sequence[str]
+    ) -> list[list[str]]:
+        """Match a stranger's expressions within the limits that recipes' own have."""
+        if (length := max(map(len, patterns), default=0)) > _LONGEST_PATTERN:
+            message = f"unsupported: {length:,} characters"
+            raise self.wrong(key, message, "adapter.bad-pattern", "write a list of module names")
         try:
-            return matching(PREFIX + pattern, names)
+            return searched(patterns, names)
         except BadInput as error:
             message = f"unsupported: {error.message}"
             raise self.wrong(

@@ -4,6 +4,7 @@ What a person can edit (settings, names, shapes, dtypes) is bad input; damaged b
 that are not finite are a failure. What cannot be seen without the base is checked in `_saved`.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from lorakit.adapters._peft import Found, PeftConfig, shown
 from lorakit.errors import BadInput, Notice, Place, RunFailed, one_of
 from lorakit.storage import strict_json
 from lorakit.storage.hashing import check_sha256, sha256_json
-from lorakit.storage.paths import inside, refuse_pickle
+from lorakit.storage.paths import hub_cache, inside, refuse_pickle
 from lorakit.storage.redact import printable
 from lorakit.storage.tensors import DTYPES, TensorFile
 
@@ -91,6 +92,11 @@ class Saved:
     notices: tuple[Notice, ...]
 
     @property
+    def links_into(self) -> Path | None:
+        """The cache in which the folder's links may end; there is none but for a snapshot."""
+        return hub_cache(self.folder)
+
+    @property
     def file(self) -> str:
         """The file of tensors, for messages."""
         return str(self.folder / TENSORS)
@@ -108,9 +114,13 @@ def read(path: Path) -> Saved:
         RunFailed: when bytes are damaged or values are not finite.
     """
     folder = _locate(path)
-    config = PeftConfig(_read_settings(folder / CONFIG), str(folder / CONFIG))
-    with TensorFile(folder / TENSORS, "adapter") as file:
-        passport = _read_passport(folder)
+    links_into = hub_cache(folder)
+    settings_file, tensors_file = (
+        inside(folder, name, links_into=links_into) for name in (CONFIG, TENSORS)
+    )
+    config = PeftConfig(strict_json.read_object(settings_file, "adapter"), str(folder / CONFIG))
+    with TensorFile(tensors_file, "adapter") as file:
+        passport = _read_passport(folder, links_into)
         config.refuse_imports()
         method = _method(config, passport)
         odd = config.refuse_unknown(COMMON_KEYS | method.PEFT_KEYS, method.PEFT_FIXED)
@@ -142,9 +152,12 @@ def _locate(path: Path) -> Path:
     Raises:
         BadInput: `adapter.not-found`, `adapter.missing-file`, `security.pickle` or `security.path`.
     """
-    if not path.is_dir():
-        what = "is a file, not an adapter's folder" if path.exists() else "there is no such folder"
-        raise BadInput("adapter.not-found", what, where=str(path))
+    # Not Path's own questions: a name that is too long is an answer, not an error.
+    if not os.path.isdir(path):
+        there = os.path.lexists(path)
+        what = "is no folder, as an adapter is" if there else "there is no such folder"
+        help = "name the adapter's folder, or that of the run which trained it"
+        raise BadInput("adapter.not-found", what, where=printable(str(path), 500), help=help)
     nested = path / "adapter"
     folder = nested if (nested / CONFIG).is_file() and not (path / CONFIG).is_file() else path
     present = sorted(entry.name for entry in folder.iterdir())
@@ -152,41 +165,24 @@ def _locate(path: Path) -> Path:
         if name in present:
             continue
         for other in present:
-            if name == TENSORS and other.startswith("adapter_model."):
+            if name == TENSORS and other.startswith(("adapter_model.", "pytorch_model.")):
                 refuse_pickle(other, folder)
         message = f"{name} is missing; found {', '.join(map(printable, present[:10])) or 'nothing'}"
-        raise BadInput("adapter.missing-file", message, where=str(folder))
-    for name in (CONFIG, TENSORS, PASSPORT):
-        if (folder / name).is_symlink():
-            raise BadInput(
-                "security.path",
-                f"{name} is a symbolic link, which may lead outside the adapter's folder",
-                where=str(folder),
-                help=f"where you trust it: cp -rL {folder} COPY",
-            )
+        help = f"an adapter's folder holds {CONFIG} and {TENSORS}"
+        raise BadInput("adapter.missing-file", message, where=str(folder), help=help)
     return folder
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
-    """Read PEFT's settings; a number that is not finite is a wrong setting, not damage."""
-    try:
-        return strict_json.read_object(path, "adapter")
-    except RunFailed as error:
-        if error.id != "adapter.not-finite":
-            raise
-        raise BadInput("adapter.bad-setting", error.message, where=error.where) from None
-
-
-def _read_passport(folder: Path) -> dict[str, Any] | None:
+def _read_passport(folder: Path, links_into: Path | None) -> dict[str, Any] | None:
     """Read the passport and compare the tensors with its digest; None when there is none.
 
     Raises:
         BadInput: when it is not one, or of a later format.
         RunFailed: `adapter.damaged` when the digest differs.
     """
-    path = folder / PASSPORT
-    if not path.exists():
+    if not os.path.lexists(folder / PASSPORT):
         return None
+    path = inside(folder, PASSPORT, links_into=links_into)
     passport = strict_json.read_object(path, "adapter")
     version, files = passport.get("format"), passport.get("files")
     if type(version) is not int or version > FORMAT:
@@ -202,7 +198,8 @@ def _read_passport(folder: Path) -> dict[str, Any] | None:
         message = f"{key}: a value of another type is expected, found {shown(first['input'])}"
         raise BadInput("adapter.bad-config", message, where=str(path)) from None
     check_sha256(folder / TENSORS, files[TENSORS], "adapter")
-    _check_tokenizer(folder, {n: d for n, d in files.items() if n not in (CONFIG, TENSORS)})
+    tokenizer = {n: d for n, d in files.items() if n not in (CONFIG, TENSORS)}
+    _check_tokenizer(folder, tokenizer, links_into)
     return passport
 
 
@@ -212,13 +209,13 @@ def _is_changed(passport: Mapping[str, Any]) -> bool:
     return DIGEST in passport and passport[DIGEST] != sha256_json(rest)
 
 
-def _check_tokenizer(folder: Path, digests: Mapping[str, Any]) -> None:
+def _check_tokenizer(folder: Path, digests: Mapping[str, Any], links_into: Path | None) -> None:
     """Check the files of the tokenizer; where none is there, the base's is used.
 
     Raises:
         RunFailed: `adapter.damaged` when one has changed, or some are missing.
     """
-    paths = {name: inside(folder, name) for name in digests}
+    paths = {name: inside(folder, name, links_into=links_into) for name in digests}
     if not any(path.is_file() for path in paths.values()):
         return
     for name, path in paths.items():
@@ -266,6 +263,7 @@ def _check_dtypes(file: TensorFile) -> None:
                 "adapter.wrong-dtype",
                 f"{printable(name, 200)} is {code}; expected {one_of(CODES)}",
                 where=str(file.path),
+                help="save the adapter again in one of these",
             )
 
 

@@ -183,6 +183,8 @@ class Lora(Method):
     @classmethod
     def from_peft(cls, config: PeftConfig, found: Found) -> LoraSettings:
         """Return the settings of an adapter that PEFT describes."""
+        for flag in (*cls.PEFT_FLAGS, "fan_in_fan_out"):
+            config.flag(flag)
         started = config.values.get("init_lora_weights", True)
         if started not in HARMLESS_INITS:
             raise config.wrong(
@@ -271,7 +273,8 @@ def _check_ranks(config: PeftConfig, found: Found, rank: int, ranks: Mapping[str
         raise config.wrong("r", f"{rank}, but {name} has the shape {shape}")
     turned = shape[::-1] if shape[-1:] == (expected,) else (expected, *shape[1:])
     message = f"{name}: expected {turned} by its rank, found {shape}"
-    raise BadInput("adapter.shape-mismatch", message, where=config.path)
+    help = "tensors and settings are not of one adapter: save it again"
+    raise BadInput("adapter.shape-mismatch", message, where=config.path, help=help)
 
 
 def _whole(number: float) -> float | int:

@@ -9,8 +9,10 @@ from lorakit.adapters import Saved
 from lorakit.cli.screen import Screen
 from lorakit.errors import BadInput, LorakitError
 from lorakit.model.base import Base, find
+from lorakit.model.local import place
 from lorakit.recipe.reader import read
 from lorakit.recipe.sections import Model
+from lorakit.storage.redact import printable
 
 
 def find_base(screen: Screen, saved: Saved, named: str | None, *, allow_remote_code: bool) -> Base:
@@ -21,18 +23,26 @@ def find_base(screen: Screen, saved: Saved, named: str | None, *, allow_remote_c
             `model.base.find` raises.
     """
     passport: Any = saved.passport or {}
-    on_hub = passport.get("base", {}).get("revision") or saved.config.values.get("revision")
-    meant = [named] if named else [path for path in _meant(saved, passport) if path]
+    on_hub = passport.get("base", {}).get("revision") or saved.config.text("revision")
+    meant = [named] if named is not None else [path for path in _meant(saved, passport) if path]
     here = [path for path in meant if _is_here(path)]
-    if not meant or not (here or named or on_hub or not passport):
+    if not meant or not (here or named is not None or on_hub or not passport):
         raise BadInput(
             "model.not-found",
             f"the base {meant[-1] if meant else 'that the adapter was trained on'} is not here",
             where=str(saved.folder),
             help="name it with --base FOLDER_OR_HUB_ID",
         )
+    path = (here or meant[-1:])[0]
+    if not path.strip() or not path.isprintable():
+        raise BadInput(
+            "model.not-found",
+            f"'{printable(path)}' names no model",
+            where=str(saved.folder),
+            help="name the base with --base FOLDER_OR_HUB_ID",
+        )
     section = Model(
-        path=(here or meant[-1:])[0],
+        path=path,
         revision=None if here or named else on_hub,
         trust_remote_code=allow_remote_code,
     )
@@ -56,9 +66,11 @@ def _meant(saved: Saved, passport: Any) -> Iterator[str | None]:
             yield None
     yield passport.get("recipe", {}).get("model", {}).get("path")
     yield passport.get("base", {}).get("name")
-    yield saved.config.values.get("base_model_name_or_path")
+    yield saved.config.text("base_model_name_or_path")
 
 
 def _is_here(path: str) -> bool:
-    places = (Path(path).expanduser(), environment.cache_folder() / "models" / path)
-    return any(place.exists() for place in places)
+    try:
+        return place(path, Path(), environment.cache_folder()) is not None
+    except BadInput:  # something else has that name
+        return False

@@ -12,7 +12,7 @@ from lorakit.cli.screen import AllowRemoteCode, Screen, command, usage
 from lorakit.errors import BadInput, Place
 from lorakit.storage import strict_json
 from lorakit.storage.redact import printable
-from lorakit.storage.text import read_text
+from lorakit.storage.text import decode, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,11 +37,11 @@ def generate(
     ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Show the base's answer too.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0.0, max=1e6, help="0 is greedy.")] = 0.0,
     top_p: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of the likeliest tokens to draw from.")
     ] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the draws.")] = 0,
     allow_remote_code: AllowRemoteCode = False,
 ) -> None:
     """Answer prompts with an adapter; stdout carries the text alone."""
@@ -123,18 +123,33 @@ def _texts(prompt: str | None, file: Path | None) -> list[str]:
     if (prompt is None) == (file is None):
         raise usage("give a prompt, - for stdin, or --prompt-file")
     if file is None:
-        return [sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt or ""]
+        return [_from_stdin() if prompt == "-" else prompt or ""]
     if file.suffix == ".jsonl":
         rows = list(strict_json.read_lines(file))
         for line, row in rows:
             if not isinstance(row.get("prompt"), str):
                 message = "expected a text in the field `prompt`"
-                raise BadInput("data.missing-field", message, where=Place(str(file), line))
+                help = 'write a row as {"prompt": "…"}'
+                raise BadInput(
+                    "data.missing-field", message, where=Place(str(file), line), help=help
+                )
         return [row["prompt"] for _, row in rows]
     texts = [line for line in read_text(file, "data").splitlines() if line.strip()]
     if not texts:
-        raise BadInput("data.empty", "the file holds no prompts", where=str(file))
+        help = "write one prompt a line"
+        raise BadInput("data.empty", "the file holds no prompts", where=str(file), help=help)
     return texts
+
+
+def _from_stdin() -> str:
+    """Return what stdin holds, strictly as UTF-8 as every other text.
+
+    Raises:
+        BadInput: when it does not, or stdin is closed.
+    """
+    if sys.stdin is None:
+        raise usage("- stands for stdin, which is closed", "give the prompt itself")
+    return decode(sys.stdin.buffer.read(), Place("stdin"), "data").removesuffix("\n")
 
 
 def _tokenizer(saved: "Saved", base: "Base") -> "PreTrainedTokenizerBase":
@@ -143,7 +158,12 @@ def _tokenizer(saved: "Saved", base: "Base") -> "PreTrainedTokenizerBase":
     from lorakit.model.tokenizer import VOCABULARIES, read_tokenizer
 
     if any((saved.folder / name).is_file() for name in VOCABULARIES):
-        return read_tokenizer(saved.folder, base.config, code_allowed=base.remote_code)
+        return read_tokenizer(
+            saved.folder,
+            base.config,
+            code_allowed=base.remote_code,
+            links_into=saved.links_into,
+        )
     return load_tokenizer(base)
 
 

@@ -1,5 +1,6 @@
 """What `lorakit eval` measures, made ready: the base, the adapter on it, and the rows."""
 
+import os
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -73,7 +74,7 @@ def opened(
     Raises:
         BadInput: `adapter.not-found`, `adapter.wrong-base`, or what reading them raises.
     """
-    if path and not path.exists():
+    if path and not os.path.exists(path):
         raise BadInput(
             "adapter.not-found",
             "there is no adapter to measure",

@@ -1,6 +1,5 @@
 """`lorakit merge`: adapter and base become an ordinary model folder, checked."""
 
-import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -8,6 +7,7 @@ import typer
 
 from lorakit.cli.screen import AllowRemoteCode, Screen, command, usage
 
+MOST_SCALE = 1e6
 UNITS = {
     "": 1,
     "KB": 10**3,
@@ -57,8 +57,8 @@ def merge(
     from lorakit.runtime import start
     from lorakit.storage.disk import free_space
 
-    if not math.isfinite(scale):
-        raise usage(f"--scale {scale} is no number")
+    if not abs(scale) <= MOST_SCALE:
+        raise usage(f"--scale {scale} is out of range", f"up to {MOST_SCALE:,.0f}; 1 is all of it")
     options = merging.Options(dtype, scale, _bytes(max_shard_size), verify, overwrite)
     saved = adapters.read(adapter)
     found = find_base(screen, saved, base, allow_remote_code=allow_remote_code)

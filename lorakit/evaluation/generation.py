@@ -20,6 +20,7 @@ ROWS = 32
 TOKENS = 16_384
 FOREVER = 2**31
 SHARED_TOKENS = 16  # fewer are not worth a pass of their own
+COLDEST = 1e-5  # of temperatures; what is below is greedy: fp32 cannot divide logits by it
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ def _roomy_cache(model: PreTrainedModel, room: int) -> DynamicCache:
 
 def _choose(logits: Tensor, decoding: Decoding, draws: Sequence[torch.Generator]) -> Tensor:
     """Choose the next token of each row from its logits (rows, vocabulary)."""
-    if decoding.temperature == 0:
+    if decoding.temperature < COLDEST:
         return logits.argmax(-1)
     shares, order = (logits / decoding.temperature).softmax(-1).sort(dim=-1, descending=True)
     reached = shares.cumsum(-1)

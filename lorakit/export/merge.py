@@ -1,5 +1,6 @@
 """Merge an adapter into its base: new files, written block by block, checked, then published."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from lorakit.runtime import DTYPES, Runtime
 from lorakit.storage import strict_json
 from lorakit.storage.disk import storage_errors, sync
 from lorakit.storage.hashing import sha256_file
-from lorakit.storage.publish import publish_folder
+from lorakit.storage.publish import check_place, publish_folder
 from lorakit.threads import Threads
 
 SCHEMA = "lorakit.merge/1"
@@ -193,7 +194,8 @@ def check_output(out: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
     Raises:
         BadInput: `output.is-input` or `output.not-empty`.
     """
-    place = out.resolve()
+    check_place(out)
+    place = os.path.realpath(out)
     for path in inputs:
         if path.resolve().is_relative_to(place):
             raise BadInput(
@@ -204,6 +206,9 @@ def check_output(out: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
             )
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
+    if not out.is_dir():
+        message = "is a file, so no model can be there"
+        raise BadInput("output.not-empty", message, where=str(out), help="use another --out")
     ours = (out / REPORT).is_file()
     if not (overwrite and ours):
         raise BadInput(

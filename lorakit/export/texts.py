@@ -31,7 +31,7 @@ def find_texts(saved: Saved, base: Base) -> dict[str, Path]:
     """
     kinds = KINDS | {".py"} if base.remote_code else KINDS
     found = {}
-    for folder, links_into in ((base.folder, base.links_into), (saved.folder, None)):
+    for folder, links_into in ((base.folder, base.links_into), (saved.folder, saved.links_into)):
         for entry in sorted(folder.iterdir()) if folder else ():
             if entry.suffix in kinds and entry.name not in NOT_COPIED and not entry.is_dir():
                 found[entry.name] = inside(

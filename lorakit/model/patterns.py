@@ -20,13 +20,15 @@ _MATCH = f"""
 import json, re, resource, sys
 resource.setrlimit(resource.RLIMIT_CPU, ({SECONDS}, {SECONDS}))
 resource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29))
-pattern, names = json.load(sys.stdin)
+patterns, names = json.load(sys.stdin)
+found = []
 try:
-    compiled = re.compile(pattern)
+    for pattern in patterns:
+        compiled = re.compile(pattern)
+        found.append([name for name in names if compiled.fullmatch(name)])
 except (re.error, RecursionError, OverflowError) as error:
-    print(json.dumps(str(error)))
-else:
-    print(json.dumps([name for name in names if compiled.fullmatch(name)]))
+    found.append(str(error))
+print(json.dumps(found))
 """
 
 
@@ -37,26 +39,40 @@ def matching(entry: str, names: Sequence[str]) -> list[str]:
         BadInput: `target.bad-pattern` when a regular expression is wrong or takes too long.
     """
     if entry.startswith(PREFIX):
-        return _search(entry.removeprefix(PREFIX), names)
+        return searched([entry.removeprefix(PREFIX)], names)[0]
+    return ending(entry, names)
+
+
+def ending(entry: str, names: Sequence[str]) -> list[str]:
+    """Return the names that end in whole components of a path, in their order."""
     return [name for name in names if name == entry or name.endswith(f".{entry}")]
 
 
-def _search(pattern: str, names: Sequence[str]) -> list[str]:
-    shown = f"re:{printable(pattern)}"
+def searched(patterns: Sequence[str], names: Sequence[str]) -> list[list[str]]:
+    """Return for each regular expression the names that it fits, all within one limit.
+
+    Raises:
+        BadInput: `target.bad-pattern` when one is wrong, or they take too long.
+    """
+    if not patterns:
+        return []
     child = subprocess.run(
         [sys.executable, "-I", "-S", "-c", _MATCH],
-        input=json.dumps([pattern, list(names)]),
+        input=json.dumps([list(patterns), list(names)]),
         capture_output=True,
         text=True,
         check=False,
     )
     if child.returncode:
+        others = f" and {len(patterns) - 1} more" if len(patterns) > 1 else ""
         raise BadInput(
             "target.bad-pattern",
-            f"{shown} was given up: it takes more than {SECONDS} second or too much memory",
+            f"{PREFIX}{printable(patterns[0])}{others} was given up: it takes more than "
+            f"{SECONDS} second or too much memory",
             help="write it without a repeat inside a repeat, such as (a+)+",
         )
-    found: list[str] | str = json.loads(child.stdout)
-    if isinstance(found, str):
-        raise BadInput("target.bad-pattern", f"{shown} is no regular expression: {found}")
-    return found
+    *found, last = json.loads(child.stdout)
+    if isinstance(last, str):
+        wrong = f"{PREFIX}{printable(patterns[len(found)])}"
+        raise BadInput("target.bad-pattern", f"{wrong} is no regular expression: {last}")
+    return [*found, last]

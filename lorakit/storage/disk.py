@@ -42,7 +42,9 @@ def storage_error(error: OSError, path: Path, needed: int | None = None) -> Lora
         return BadInput(
             "security.path", "is a symbolic link, which is never followed here", where=str(path)
         )
-    return RunFailed("storage.io", message, where=str(path))
+    long = error.errno == errno.ENAMETOOLONG
+    help = "choose a shorter name" if long else "check the path and the disk, then run it again"
+    return RunFailed("storage.io", message, where=str(path), help=help)
 
 
 @contextmanager

@@ -26,6 +26,14 @@ _KINDS = {
     stat.S_IFSOCK: "socket",
     stat.S_IFLNK: "symbolic link",
 }
+# What to do about a file of a family when nothing better is known.
+_REMEDIES = {
+    "adapter": "save the adapter again, or fetch it again",
+    "checkpoint": "bring the file back as it was, or start again with --overwrite",
+    "data": "put the file right there, or name another in the recipe",
+    "model": "fetch the model again, or name another with model.path",
+    "tokenizer": "fetch the tokenizer's files again",
+}
 _NOT_FOUND = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
 
 
@@ -41,7 +49,7 @@ def file_error(
     for id in (f"{name}.{kind}", family, f"{name}.bad-config", f"{name}.damaged"):
         for error in (BadInput, RunFailed):
             if id in error.ids:
-                return error(id, message, where=where, help=help)
+                return error(id, message, where=where, help=help or _REMEDIES.get(name))
     raise ValueError(f"no error has the id {name}.{kind}")
 
 
@@ -58,7 +66,9 @@ def inside(folder: Path, name: str, *, links_into: Path | None = None) -> Path:
     """
 
     def refused(why: str) -> BadInput:
-        return BadInput("security.path", f"the entry '{printable(name)}' {why}", where=str(folder))
+        message = f"the entry '{printable(name)}' {why}"
+        help = "put the file itself there: only regular files below the folder are opened"
+        return BadInput("security.path", message, where=str(folder), help=help)
 
     parts = name.split("/")
     if not name.isprintable() or "\\" in name or any(part in ("", ".", "..") for part in parts):
@@ -82,6 +92,13 @@ def inside(folder: Path, name: str, *, links_into: Path | None = None) -> Path:
         if stat.S_IFMT(mode) != wanted:
             raise refused(f"was expected to be a {_KINDS[wanted]}; {part} is a {kind_of(mode)}")
     return path
+
+
+def hub_cache(folder: Path) -> Path | None:
+    """Return the cache of the hub that a folder is a snapshot of, where its links may end."""
+    cache = folder.resolve().parent.parent
+    is_snapshot = folder.resolve().parent.name == "snapshots" and (cache / "blobs").is_dir()
+    return cache if is_snapshot else None
 
 
 def open_regular(path: Path, family: str) -> BufferedReader:

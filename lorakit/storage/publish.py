@@ -125,6 +125,26 @@ def set_aside(folder: Path, name: str) -> None:
         os.rename(folder, target)
 
 
+def check_place(target: Path) -> None:
+    """Check that something can be written at `target`: no link leads there, no file is above.
+
+    Raises:
+        BadInput: `security.path` or `output.not-empty`.
+    """
+    for path in (target, target.parent):
+        if os.path.islink(path):
+            raise BadInput(
+                "security.path",
+                "is a symbolic link; lorakit does not write through links",
+                where=str(path),
+                help=f"name the place it leads to: {os.path.realpath(path)}",
+            )
+    above = next((path for path in target.parents if os.path.lexists(path)), None)
+    if above is not None and not os.path.isdir(above):
+        message = f"{above} is a file, so nothing can be written below it"
+        raise BadInput("output.not-empty", message, where=str(target), help="choose another place")
+
+
 def is_aside(name: str) -> bool:
     """Tell whether an entry is what a publication keeps beside its target until it has ended."""
     return _ASIDE.fullmatch(name) is not None
@@ -142,14 +162,7 @@ def _prepare(target: Path, *, replace: bool) -> None:
 
 
 def _check(target: Path, *, replace: bool) -> None:
-    for path in (target, target.parent):
-        if path.is_symlink():
-            raise BadInput(
-                "security.path",
-                "is a symbolic link; lorakit does not write through links",
-                where=str(path),
-                help=f"name the place it leads to: {os.path.realpath(path)}",
-            )
+    check_place(target)
     if not replace and os.path.lexists(target) and not _is_empty_folder(target):
         raise BadInput("output.not-empty", "is there already", where=str(target))
 

@@ -70,7 +70,10 @@ def parse(content: bytes | str, place: Place, family: str) -> Any:
         return _value(text)
     except _Fault as fault:
         where = place_after(fault.before, place)
-        raise file_error(family, fault.kind, str(fault), where=where) from None
+        # A number that is written down is a setting; values of tensors are found elsewhere.
+        numbers = fault.kind == "not-finite" and family != "data"
+        kind = "bad-setting" if numbers else fault.kind
+        raise file_error(family, kind, str(fault), where=where) from None
 
 
 def read(path: Path, family: str, *, max_bytes: int = MAX_BYTES) -> Any:

@@ -58,6 +58,27 @@ def narrow(dtype: torch.dtype) -> Callable[[World], list[str]]:
     return build
 
 
+def snapshot(world: World) -> list[str]:
+    """Lay model and adapter out as the hub's library keeps them: links into a folder of blobs."""
+    for name, folder in (("models--a--base", "model"), ("models--a--lora", ADAPTER)):
+        cache, snapshot = world.path(name), world.path(f"{name}/snapshots/5f3c")
+        snapshot.mkdir(parents=True)
+        (cache / "blobs").mkdir()
+        for number, path in enumerate(sorted(world.path(folder).iterdir())):
+            path.rename(cache / "blobs" / str(number))
+            (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    base, adapter = (f"models--a--{name}/snapshots/5f3c" for name in ("base", "lora"))
+    return ["merge", adapter, "--base", base, "--out", "merged"]
+
+
+def many_expressions(world: World) -> list[str]:
+    world.path(f"{ADAPTER}/lorakit.json").unlink()
+    world.change(
+        f"{ADAPTER}/adapter_config.json", rank_pattern={f".*[.]x{n}": 4 for n in range(500)}
+    )
+    return MERGE
+
+
 def odd_names(world: World) -> list[str]:
     world.path("model").rename(world.path("ein Modell ü"))
     world.path("rows.jsonl").rename(world.path("Zeilen 行.jsonl"))
@@ -82,6 +103,8 @@ ACCEPTED = {
     "OK11 F32": narrow(torch.float32),
     "OK11 F16": narrow(torch.float16),
     "OK11 BF16": narrow(torch.bfloat16),
+    "snapshots of the hub": snapshot,
+    "expressions OK11": many_expressions,
     "OK12": odd_names,
     "R23": recipe(lambda text: text.replace(b"model: model",
                                             b"model: {path: model, trust_remote_code: true}")),
@@ -97,7 +120,7 @@ WARNED = {
 
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_accepted(name: str, world: World) -> None:
-    id = name.split()[0]
+    id = name.split()[-1] if name.startswith("expressions") else name.split()[0]
     arguments = ACCEPTED[name](world)
     ended = run(arguments)
     assert ended.exit == 0, ended.stderr

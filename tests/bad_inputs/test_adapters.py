@@ -1,6 +1,7 @@
 """Adapters that cannot be used: `merge` refuses each before it reads a weight of the base."""
 # ruff: noqa: E501  # a table: one input a line
 
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.bad_inputs.cases import ADAPTER, Case, World, check_refused
+from tests.bad_inputs.cases import ADAPTER, RUN, Case, World, check_refused
 from tests.tiny import tiny_config, write_tiny_model
 
 CONFIG, TENSORS, PASSPORT = "adapter_config.json", "adapter_model.safetensors", "lorakit.json"
@@ -102,6 +103,39 @@ def misspell(found: dict[str, torch.Tensor]) -> None:
         found[name.replace("q_proj", "q_prj").replace("v_proj", "v_prj")] = found.pop(name)
 
 
+def named(**changes: Any) -> Callable[[World], Sequence[str]]:
+    """Let nothing but PEFT's settings tell which base it is."""
+
+    def build(world: World) -> Sequence[str]:
+        world.path(f"{RUN}/resolved.yaml").unlink()
+        configured(**changes)(world)
+        return ["merge", ADAPTER, "--out", "merged"]
+
+    return build
+
+
+def link_away(world: World) -> None:
+    path = world.path(f"{ADAPTER}/{TENSORS}")
+    path.rename(world.path("away.safetensors"))
+    path.symlink_to(world.path("away.safetensors"))
+
+
+def link(name: str, to: str) -> Callable[[World], object]:
+    return lambda world: world.path(name).symlink_to(to)
+
+
+def given(
+    *arguments: str, spoil: Callable[[World], object] = lambda _: None
+) -> Callable[[World], Sequence[str]]:
+    def build(world: World) -> Sequence[str]:
+        spoil(world)
+        return arguments
+
+    return build
+
+
+OUT = ["merge", ADAPTER, "--base", "model", "--out"]
+ASK = ["generate", ADAPTER, "ask", "--base", "model"]
 NOWHERE = "runs/absent"
 CASES = [
     Case("A01", lambda _: ["merge", NOWHERE, "--out", "merged"], (), NOWHERE),
@@ -135,6 +169,38 @@ CASES = [
     Case("A14 fingerprint", merge(other_base(seed=9)), ("fingerprint", "the base model is"), PASSPORT),
     Case("A14 hidden size", merge(wider), ("hidden size 32, the base has 64",), PASSPORT),
     Case("A14 shapes", merge(without_passport(wider)), ("hidden size 32, the base has 64",), TENSORS),
+    *(Case(f"alpha {alpha!r:.12}", configured(lora_alpha=alpha), ("lora_alpha", "of fp32"), CONFIG,
+           "adapter.bad-setting") for alpha in (10**400, 1e300, "16", True, None)),
+    *(Case(f"{flag} {value!r}", configured(**{flag: value}), (flag, "true or false"), CONFIG,
+           "adapter.bad-setting")
+      for flag, value in {"use_rslora": 1, "fan_in_fan_out": "no"}.items()),
+    Case("fifty slow expressions",
+         configured(rank_pattern={f"([a-z._0-9]+)+!{n}": 4 for n in range(50)}),
+         ("rank_pattern", "and 49 more", "1 second"), CONFIG, "adapter.bad-pattern"),
+    Case("a number in the passport", merge(lambda w: w.write(f"{ADAPTER}/{PASSPORT}", '{"format": NaN}')),
+         ("format: NaN",), f"{PASSPORT}:1:12", "adapter.bad-setting"),
+    Case("tensors behind a link", merge(link_away), (TENSORS, "symbolic link"), ADAPTER, "security.path"),
+    Case("a FIFO for settings", merge(lambda w: (w.path(f"{ADAPTER}/{CONFIG}").unlink(), os.mkfifo(w.path(f"{ADAPTER}/{CONFIG}")))),
+         (CONFIG, "FIFO"), ADAPTER, "security.path"),
+    Case("another tool's pickle", merge(lambda w: w.path(f"{ADAPTER}/{TENSORS}").rename(w.path(f"{ADAPTER}/pytorch_model.bin"))),
+         ("pytorch_model.bin",), ADAPTER, "security.pickle"),
+    *(Case(f"a name of {len(name):,} characters, {command}", given(*words), ("no such folder",), "", "adapter.not-found")
+      for name in ("x" * 300, "x/" * 3000)
+      for command, words in {"merge": ["merge", name, "--out", "m"], "generate": ["generate", name, "ask"]}.items()),
+    Case("to eval a name of 300 characters", given("eval", "recipe.yaml", "--adapter", "x" * 300, "-s", "data.eval=0.2"),
+         ("no adapter",), "", "adapter.not-found"),
+    *(Case(f"a base that is {value!r:.12}", named(base_model_name_or_path=value),
+           ("base_model_name_or_path", "a text or null"), CONFIG, "adapter.bad-setting")
+      for value in (5, ["x"], {"a": 1})),
+    *(Case(f"--base {name!r:.20}", given("merge", ADAPTER, "--out", "m", "--base", name), ("",), "", "model.not-found")
+      for name in ("", "  ", "./absent", "absent", "x" * 300, "m\udcff", "/dev/zero", "~nobody-of-that-name/x")),
+    Case("--out below a file", given(*OUT, "rows.jsonl/x"), ("rows.jsonl is a file",), "rows.jsonl/x", "output.not-empty"),
+    Case("--out is a file", given(*OUT, "rows.jsonl", "--overwrite"), ("is a file",), "rows.jsonl", "output.not-empty"),
+    Case("--out is a link", given(*OUT, "link", spoil=link("link", "nowhere")), ("symbolic link",), "link", "security.path"),
+    *(Case(f"--scale {scale}", given(*OUT, "m", f"--scale={scale}"), ("--scale", "1 is all of it"), "", "usage")
+      for scale in ("nan", "inf", "1e308", "-1e7")),
+    *(Case(f"{option} {value}", given(*ASK, option, value), (option,), "", "usage")
+      for option, value in (("--seed", str(2**70)), ("--temperature", "inf"), ("--temperature", "nan"))),
     Case("lengths missing", configured(use_dora=True), ("lora_magnitude_vector", "missing"), TENSORS,
          "adapter.missing-tensor"),
     Case("copies missing", configured(modules_to_save=["lm_head"]), ("lm_head", "missing"), TENSORS,
