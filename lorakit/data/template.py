@@ -18,6 +18,7 @@ from lorakit.data.confined import ConfinedTemplate
 from lorakit.data.formats import Conversation, Message
 from lorakit.data.sandbox import MAX_SOURCE
 from lorakit.errors import BadInput, Place, one_of
+from lorakit.model.tokenizer import refusals
 from lorakit.storage.disk import storage_errors
 from lorakit.storage.paths import open_regular
 from lorakit.storage.redact import printable
@@ -290,5 +291,6 @@ def _read(path: Path) -> str:
 
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Tell whether the tokenizer by itself puts the beginning-of-text token first."""
-    first, bare = (tokenizer.encode("a", add_special_tokens=flag)[:1] for flag in (True, False))
+    with refusals(str(tokenizer.name_or_path)):
+        first, bare = (tokenizer.encode("a", add_special_tokens=flag)[:1] for flag in (True, False))
     return bool(first != bare and first == [tokenizer.bos_token_id])

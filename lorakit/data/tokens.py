@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorakit.data.template import BREAK, Rendered, Special
 from lorakit.errors import BadInput, Place
+from lorakit.model.tokenizer import refusals
 
 MASKED = -100
 
@@ -155,27 +156,34 @@ class Encoder:
         # A tokenizer.json may ask for both, and rows would be cut in silence.
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._anchors = {
-            name: self._backend.encode(name, add_special_tokens=False).ids
-            for name in (*special.names, BREAK, "")
-        }
-        self._break = ""
-        alone = [self._ids("", text) for text in _STARTS]
-        if alone != [self._ids(BREAK, text) for text in _STARTS]:
-            self._break = BREAK
+        self._where = str(tokenizer.name_or_path)
+        with refusals(self._where):
+            self._anchors = {
+                name: self._backend.encode(name, add_special_tokens=False).ids
+                for name in (*special.names, BREAK, "")
+            }
+            self._break = ""
+            alone = [self._ids("", text) for text in _STARTS]
+            if alone != [self._ids(BREAK, text) for text in _STARTS]:
+                self._break = BREAK
 
     def encode(self, rows: Sequence[Rendered]) -> list[Encoded]:
-        """Return ids and labels of rendered conversations, in their order."""
+        """Return ids and labels of rendered conversations, in their order.
+
+        Raises:
+            BadInput: `tokenizer.missing` when the tokenizer cannot take a text.
+        """
         pieces = [(anchor, text) for row in rows for anchor, text in self._anchored(row)]
-        found = self._backend.encode_batch_fast(
-            [anchor + text for anchor, text in pieces], add_special_tokens=False
-        )
-        ids = iter(
-            [
-                self._dropped(anchor, text, one.ids)
-                for (anchor, text), one in zip(pieces, found, strict=True)
-            ]
-        )
+        with refusals(self._where):
+            found = self._backend.encode_batch_fast(
+                [anchor + text for anchor, text in pieces], add_special_tokens=False
+            )
+            ids = iter(
+                [
+                    self._dropped(anchor, text, one.ids)
+                    for (anchor, text), one in zip(pieces, found, strict=True)
+                ]
+            )
         return [_joined(row, [next(ids) for _ in row.pieces]) for row in rows]
 
     def _anchored(self, row: Rendered) -> list[tuple[str, str]]:

@@ -28,8 +28,8 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from lorakit.errors import BadInput, EnvironmentLacks, Notice, Place
 from lorakit.model import attention as packed
 from lorakit.model import hub, local
-from lorakit.model.checks import check_finite, check_loaded, check_tensors
-from lorakit.model.config import attempt, check_config, read_config, read_generation
+from lorakit.model.checks import at_most, check_finite, check_loaded, check_tensors
+from lorakit.model.config import NAME, attempt, check_config, read_config, read_generation
 from lorakit.model.gguf import read_gguf_config, reading
 from lorakit.model.merged import check_shards, check_texts
 from lorakit.model.quantized import Quantization, check_asked, check_installed
@@ -39,9 +39,12 @@ from lorakit.model.tokenizer import files_sha256, read_tokenizer
 from lorakit.model.weights import Loaded, Unread, Weights, has_weights, open_folder
 from lorakit.recipe import sections
 from lorakit.storage.hashing import sha256_file
+from lorakit.storage.paths import hub_cache
 
 # Its annotations leave out half of what it returns.
 _AUTO: Any = AutoModelForCausalLM
+
+MOST_PARAMETERS = 200_000  # tensors of one model
 
 Attention = Literal["auto", "sdpa", "flash", "eager"]
 
@@ -162,13 +165,14 @@ def find(
         generation = GenerationConfig.from_model_config(config)
         check_asked(section, None)
         return Base(place.name, None, place, None, config, generation, notices=notices)
-    name, revision, links_into = (place.resolve().name if place else section.path), None, None
+    name, revision = (place.resolve().name if place else section.path), None
     if not place:
         local.check_id(section.path, recipe_folder, cache)
         place = hub.snapshot(
             section.path, section.revision, offline=offline, code=code, weights=weights
         )
-        revision, links_into = place.name, place.parent.parent
+        revision = place.name
+    links_into = hub_cache(place)
     check_texts(place)
     config = read_config(place, code_allowed=code, links_into=links_into)
     check_config(config, str(place))
@@ -182,28 +186,38 @@ def find(
         )
     with base.weights() as stored:
         if base.stored is None:
-            notices += check_tensors(stored, skeleton(base), str(place))
+            # Files may hold a few parameters in one tensor, and leave out those that are tied.
+            most = 8 * len(stored.names) + 1000
+            notices += check_tensors(stored, skeleton(base, most=most), str(place))
     return replace(base, notices=notices)
 
 
 def skeleton(
-    base: Base, task: str = "causal-lm", dtype: torch.dtype = torch.float32
+    base: Base,
+    task: str = "causal-lm",
+    dtype: torch.dtype = torch.float32,
+    *,
+    most: int = MOST_PARAMETERS,
 ) -> PreTrainedModel:
     """Return the model on the meta device: all shapes and ties, no memory.
 
+    `most` is the number of parameters from which on it is given up.
+
     Raises:
-        BadInput: `model.bad-config` when the configuration makes no model.
+        BadInput: `model.bad-config` when the configuration makes no model, or
+            `model.missing-tensor` when it makes a larger one.
     """
     config = copy.deepcopy(base.config)
+    where = str(base.folder / NAME if base.folder else base.gguf)
 
     def make() -> PreTrainedModel:
-        with torch.device("meta"):
+        with torch.device("meta"), at_most(most, where):
             model: PreTrainedModel = _AUTO.from_config(
                 config, dtype=dtype, trust_remote_code=base.remote_code
             )
         return model.requires_grad_(False)
 
-    return attempt(str(base.where), make)
+    return attempt(where, make)
 
 
 def load(

@@ -2,11 +2,13 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -16,6 +18,36 @@ from lorakit.storage.redact import printable
 
 # Buffers that old files hold and that models compute by themselves today.
 _COMPUTED = r"rotary_emb\.inv_freq$|(^|\.)position_ids$"
+
+
+@contextmanager
+def at_most(count: int, where: str) -> Iterator[None]:
+    """Stop a module that is made in the block once it has more parameters than can be right.
+
+    Numbers in config.json decide how many there are, and a million layers take hours to make.
+
+    Raises:
+        BadInput: `model.missing-tensor`.
+    """
+    made = 0
+
+    def registered(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal made
+        made += parameter is not None
+        if made > count:
+            raise BadInput(
+                "model.missing-tensor",
+                f"config.json describes more than {count:,} tensors: those of most layers are "
+                "missing from the weights",
+                where=where,
+                help="fetch the model again, or check that config.json belongs to these files",
+            )
+
+    hook = register_module_parameter_registration_hook(registered)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def check_tensors(weights: Weights, model: PreTrainedModel, where: str) -> tuple[Notice, ...]:
@@ -116,6 +148,7 @@ def _check_shape(name: str, found: Iterable[int], expected: Iterable[int], where
             "model.shape-mismatch",
             f"{printable(name)} is {list(found)} in the files, {list(expected)} by config.json",
             where=where,
+            help="take config.json and the weights of one model: fetch it again",
         )
 
 

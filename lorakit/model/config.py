@@ -19,7 +19,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from lorakit.errors import BadInput, one_of
+from lorakit.errors import BadInput, LorakitError, one_of
 from lorakit.storage import strict_json
 from lorakit.storage.paths import inside
 from lorakit.storage.redact import printable
@@ -27,8 +27,10 @@ from lorakit.storage.redact import printable
 T = TypeVar("T")
 
 NAME = "config.json"
-MOST_LAYERS = 4096
+MOST_LAYERS = 1024
 
+# Numbers of layers, of whatever part of a model: some configurations make a list as long as that.
+_LAYERS = re.compile(r"(.*_)?(layers?|blocks)")
 _KERNELS = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 _ALLOWED = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 _ALLOWED_EXPERTS = ("eager", "batched_mm", "grouped_mm")
@@ -50,6 +52,8 @@ _WEIGHTS = frozenset({"transformers_weights", "fusion_config", "distributed_conf
 _DROPPED = re.compile(
     r"_?attn_implementation\w*|_?experts_implementation\w*|trust_remote_code|_?name_or_path"
     r"|_model_name_or_path|custom_pipelines|custom_generate|auto_map"
+    # Names of classes, which transformers makes a table of, however many are said to be there.
+    r"|num_labels|id2label|label2id"
 )
 
 
@@ -125,13 +129,15 @@ def check_config(config: PretrainedConfig, where: str) -> None:
             "model.unknown-type",
             f"model_type '{config.model_type}' is no language model that writes text",
             where=where,
+            help="lorakit adapts causal language models: Llama, Qwen, Mistral, GPT-2 and their kin",
         )
-    layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
-    if not isinstance(layers, int) or not 0 < layers <= MOST_LAYERS:
+    layers = getattr(attempt(where, config.get_text_config), "num_hidden_layers", 1)
+    if type(layers) is not int or not 0 < layers <= MOST_LAYERS:
         raise BadInput(
             "model.bad-config",
             f"num_hidden_layers is {printable(str(layers))}; expected 1 to {MOST_LAYERS}",
             where=where,
+            help="fetch the model again",
         )
 
 
@@ -143,10 +149,15 @@ def attempt(where: str, make: Callable[[], T]) -> T:
     """
     try:
         return make()
+    except LorakitError:
+        raise
     except Exception as error:  # wrong values fail anywhere, down to torch's storage sizes
-        text = printable(" ".join(str(error).split()), 300)
+        text = printable(" ".join(f"{type(error).__name__}: {error}".split()), 300)
         raise BadInput(
-            "model.bad-config", f"the values make no model: {text}", where=where
+            "model.bad-config",
+            f"the values make no model: {text}",
+            where=where,
+            help="fetch the file again, or compare it with that of another model of this kind",
         ) from error
 
 
@@ -186,6 +197,7 @@ def stored_quantized(given: Any, where: str) -> dict[str, Any]:
                 "model.bad-config",
                 f"{STORED}: {key}: found {printable(strict_json.dumps_line(value))}",
                 where=where,
+                help="fetch the model again",
             )
     return {STORED: {"quant_method": method, **kept}}
 
@@ -194,13 +206,21 @@ def _check_entry(key: str, value: Any, where: str) -> None:
     shown = f"{printable(key)}: {printable(strict_json.dumps_line(value))}"
 
     def refused(why: str) -> BadInput:
-        return BadInput("security.config", f"{shown} {why}", where=where)
+        help = "take the key out: lorakit decides that itself"
+        return BadInput("security.config", f"{shown} {why}", where=where, help=help)
 
     if kernels := _KERNELS.fullmatch(key):
         allowed = _ALLOWED if kernels[1] == "attn" else _ALLOWED_EXPERTS
         for one in value.values() if isinstance(value, dict) else [value]:
             if one is not None and one not in allowed:
                 raise refused(f"could load code; expected {one_of(allowed)}")
+    elif _LAYERS.fullmatch(key) and isinstance(value, int) and value > MOST_LAYERS:
+        raise BadInput(
+            "model.bad-config",
+            f"{shown}: expected at most {MOST_LAYERS}",
+            where=where,
+            help="fetch the model again",
+        )
     elif key == STORED and value:
         raise refused("would quantise a part of the model")
     elif key in _WEIGHTS and value:

@@ -95,6 +95,13 @@ def _explained(error: Exception, id: str, revision: str | None, offline: bool) -
             f"no folder {id}, and no such model on the hub",
             help=f"a private model needs `hf auth login` or HF_TOKEN (token found: {token})",
         )
+    if "/" not in id:  # much sooner the name of a folder than one of the hub's few without an owner
+        return BadInput(
+            "model.not-found",
+            f"there is no folder {id} with a config.json, and the hub cannot be asked for {id}",
+            where=id,
+            help="give the path of a folder, or the id of a model of the hub: org/name",
+        )
     if offline or isinstance(error, LocalEntryNotFoundError):
         message = f"{id} is no folder here and is not in the hub's cache; the network is off"
         return EnvironmentLacks("env.offline", message, help="run once with the network on")

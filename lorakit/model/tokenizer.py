@@ -1,11 +1,14 @@
 """The tokenizer that comes with a base, loaded from its folder and checked against the model."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from lorakit.errors import BadInput
+from lorakit.errors import BadInput, LorakitError
 from lorakit.model.config import cleaned
 from lorakit.storage import strict_json
 from lorakit.storage.hashing import sha256_file, sha256_json
@@ -17,6 +20,10 @@ FILES = (  # of every kind of tokenizer
     "tokenizer.json tokenizer.model vocab.json vocab.txt spiece.model merges.txt"
     " tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja"
 ).split()
+_READ = frozenset({".json", ".jinja", ".model", ".txt"})  # what transformers may open of a folder
+_TEMPLATES = "additional_chat_templates"
+_PANIC = "PanicException"  # of the Rust library: no `Exception`, and in no module
+_PROBE = "a b"
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -38,22 +45,60 @@ def read_tokenizer(
     options: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
     if not gguf:
         _check_files(folder, links_into)
-    try:
+    with refusals(str(where), "be read"), _unseen():
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=code_allowed, **options
         )
-    except Exception as error:  # the tokenizers library raises nothing more special
-        raise BadInput(
-            "tokenizer.missing",
-            f"the tokenizer cannot be read: {printable(' '.join(str(error).split()), 200)}",
-            where=str(where),
-            help="fetch the tokenizer's files again",
-        ) from error
+        with suppress(Exception):  # it need not know these letters; a panic would come of any
+            tokenizer.decode(tokenizer.encode(_PROBE))
     check_vocabulary(tokenizer, config, str(where))
     stop = config.get_text_config().eos_token_id
     if gguf and isinstance(stop, int):  # some releases of transformers take another token for it
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stop)
     return tokenizer
+
+
+@contextmanager
+def refusals(where: str, what: str = "take a text") -> Iterator[None]:
+    """Tell what the tokenizers library raises, or panics about, as a fault of the tokenizer.
+
+    Args:
+        where: the tokenizer's folder.
+        what: the tokenizer cannot do.
+
+    Raises:
+        BadInput: `tokenizer.missing`.
+    """
+    try:
+        yield
+    except (LorakitError, MemoryError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
+            raise
+        raise BadInput(
+            "tokenizer.missing",
+            f"the tokenizer cannot {what}: {printable(' '.join(str(error).split()), 200)}",
+            where=where,
+            help="fetch the tokenizer's files again",
+        ) from error
+
+
+@contextmanager
+def _unseen() -> Iterator[None]:
+    """Keep off the terminal what the Rust library itself writes there when it panics."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is no stderr
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def files_sha256(folder: Path) -> str:
@@ -85,7 +130,12 @@ def check_vocabulary(
 
 
 def _check_files(folder: Path, links_into: Path | None) -> None:
-    found = [name for name in VOCABULARIES if inside(folder, name, links_into=links_into).is_file()]
+    templates = folder / _TEMPLATES
+    inner = [f"{_TEMPLATES}/{name}" for name in os.listdir(templates)] if templates.is_dir() else []
+    for name in (*os.listdir(folder), *inner):  # a FIFO would be waited for, a link followed
+        if Path(name).suffix in _READ:
+            inside(folder, name, links_into=links_into)
+    found = [name for name in VOCABULARIES if (folder / name).is_file()]
     if not found:
         raise BadInput(
             "tokenizer.missing",
@@ -95,4 +145,9 @@ def _check_files(folder: Path, links_into: Path | None) -> None:
         )
     settings = inside(folder, SETTINGS, links_into=links_into)
     if settings.is_file():
-        cleaned(strict_json.read_object(settings, "tokenizer.missing"), str(settings))
+        values = strict_json.read_object(settings, "tokenizer.missing")
+        cleaned(values, str(settings))
+        # transformers opens what these are called, wherever that is.
+        named = values.get("fast_tokenizer_files")
+        for name in named if isinstance(named, list) else ():
+            inside(folder, str(name), links_into=links_into)

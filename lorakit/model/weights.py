@@ -173,7 +173,10 @@ def open_folder(folder: Path, *, links_into: Path | None = None) -> Weights:
 
 def has_weights(folder: Path) -> bool:
     """Tell whether a folder has files that hold weights, or should not."""
-    return any(path.suffix.lower() in {".safetensors", *PICKLES} for path in folder.iterdir())
+    return any(
+        path.suffix.lower() in {".safetensors", *PICKLES} or path.name == INDEX
+        for path in folder.iterdir()
+    )
 
 
 def refuse_disguises(folder: Path) -> None:

@@ -1,5 +1,5 @@
 """Model folders that cannot be used: `plan` refuses each before it reads a weight."""
-# a table: one input a line
+# ruff: noqa: E501  # a table: one input a line
 
 import json
 import os
@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from tests.bad_inputs.cases import Case, World, check_refused
+from tests.bad_inputs.cases import Case, World, check_refused, run
 from tests.tiny import VOCABULARY, tiny_tokenizer, write_tiny_model
 
 INDEX = "model/model.safetensors.index.json"
@@ -94,6 +94,40 @@ def more_tokens(world: World) -> None:
     tokenizer.save_pretrained(world.path("model"))
 
 
+def family(**values: Any) -> Callable[[World], Sequence[str]]:
+    """Say that the files are a model of another family."""
+    return plan(
+        lambda world: world.write("model/config.json", json.dumps({"vocab_size": 320, **values}))
+    )
+
+
+def tokenizer(**changes: Any) -> Spoil:
+    return lambda world: world.change("model/tokenizer.json", **changes)
+
+
+def only_words(world: World) -> None:
+    """A vocabulary that lacks the rows' words, and what stands for unknown ones."""
+    model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"}
+    nothing = dict.fromkeys(("normalizer", "pre_tokenizer", "post_processor", "decoder"))
+    tokenizer(model=model, added_tokens=[], **nothing)(world)
+
+
+def fifo(name: str) -> Spoil:
+    def spoil(world: World) -> None:
+        world.path(f"model/{name}").unlink(missing_ok=True)
+        os.mkfifo(world.path(f"model/{name}"))
+
+    return spoil
+
+
+def only_index(text: str) -> Spoil:
+    def spoil(world: World) -> None:
+        world.path(WEIGHTS).unlink()
+        world.write(INDEX, text)
+
+    return spoil
+
+
 def template(text: str) -> Callable[[World], Sequence[str]]:
     return plan(lambda world: world.write("model/chat_template.jinja", text))
 
@@ -131,6 +165,40 @@ CASES = [
          ("tokenizer.json",), "model", "tokenizer.missing"),
     Case("a cut tokenizer", plan(lambda w: w.write("model/tokenizer.json", '{"version": "1.0"')),
          ("tokenizer",), "model", "tokenizer.missing"),
+    *(Case(f"a number in {name}", plan(lambda w, name=name: w.write(f"model/{name}", '{"x": NaN}')),
+           ("x: NaN",), f"model/{name}:1:7", "model.bad-config")
+      for name in ("config.json", "generation_config.json")),
+    *(Case(f"{layers!r} layers", config(num_hidden_layers=layers), ("num_hidden_layers", "1024"),
+           "", "model.bad-config") for layers in (0, -1, 1025, 4096, 10**9)),
+    Case("true layers", config(num_hidden_layers=True), ("num_hidden_layers",), "", "model.bad-config"),
+    Case("1000 layers", config(num_hidden_layers=1000), ("missing",), "model/config.json", "model.missing-tensor"),
+    *(Case(f"10^6 layers of {values['model_type']}", family(**values), ("1000000", "at most 1024"),
+           "model/config.json", "model.bad-config")
+      for values in ({"model_type": "bart", "is_decoder": True, "decoder_layers": 10**6},
+                     {"model_type": "gpt2", "n_layer": 10**6},
+                     {"model_type": "llama4", "text_config": {"num_hidden_layers": 10**6}})),
+    Case("two text models", family(model_type="musicgen"), ("text configs",), "model", "model.bad-config"),
+    Case("an unknown rotation", config(rope_parameters={"rope_type": "evil"}), ("KeyError: 'evil'",),
+         "model/config.json", "model.bad-config"),
+    *(Case(f"nothing but an index: {text}", plan(only_index(text)), (), INDEX, "model.bad-index")
+      for text in ("", "[]", '{"weight_map": 5}')),
+    *(Case(f"a bare name, {command}", lambda _, command=command: [*command, "--offline"],
+           ("no folder absent", "org/name"), "absent", "model.not-found")
+      for command in (["plan", "recipe.yaml", "-s", "model=absent"],
+                      ["merge", "runs/recipe/adapter", "--base", "absent", "--out", "m"])),
+    *(Case(f"a tokenizer that panics: {name}", plan(tokenizer(**{part: content})), ("tokenizer cannot be read",),
+           "model", "tokenizer.missing")
+      for name, part, content in (
+          ("charsmap", "normalizer", {"type": "Precompiled", "precompiled_charsmap": "BAAAAP////8="}),
+          ("replace", "normalizer", {"type": "Replace", "pattern": {"String": ""}, "content": "x"}),
+          ("length", "pre_tokenizer", {"type": "FixedLength", "length": 0}),
+          ("strip", "decoder", {"type": "Strip", "content": "a", "start": 2**40, "stop": 2**40}))),
+    Case("a tokenizer without words", plan(only_words), ("cannot take a text",), "model", "tokenizer.missing"),
+    *(Case(f"a FIFO for {name}", plan(fifo(name)), (name, "FIFO"), "model", "security.path")
+      for name in ("tokenizer_config.json", "special_tokens_map.json", "merges.txt", "chat_template.jinja")),
+    Case("a tokenizer's file outside",
+         plan(lambda w: w.change("model/tokenizer_config.json", fast_tokenizer_files=["../tokenizer.1.0.json"])),
+         ("../tokenizer.1.0.json", "outside"), "model", "security.path"),
     Case("M11", template("{{ cycler.__init__.__globals__.os.system('id') }}"), (), "rows.jsonl:1"),
 ]  # fmt: skip
 
@@ -138,3 +206,11 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=lambda case: str(case.name))
 def test_refused(case: Case, world: World) -> None:
     check_refused(case, world)
+
+
+def test_what_the_tokenizers_library_writes_itself_is_not_seen(
+    world: World, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer(pre_tokenizer={"type": "FixedLength", "length": 0})(world)
+    assert run(PLAN).document["error"]["id"] == "tokenizer.missing"
+    assert "panicked" not in capfd.readouterr().err
