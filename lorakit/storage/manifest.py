@@ -56,7 +56,7 @@ def check_manifest(folder: Path) -> str | None:
             if name not in found:
                 return f"missing {printable(name)}"
             if name not in listed:
-                return f"unexpected {name}"
+                return f"unexpected {printable(name)}"
             if found[name].stat().st_size != listed[name].get("size"):
                 return f"size {name}"
         wrong = (
@@ -74,7 +74,8 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
             yield name, path
         elif not stat.S_ISDIR(mode):
             message = f"'{printable(name)}' is a {kind_of(mode)}, which may lead outside"
-            raise BadInput("security.path", message, where=str(folder))
+            help = "no run wrote it: remove it"
+            raise BadInput("security.path", message, where=str(folder), help=help)
 
 
 def _listed(manifest: Path) -> dict[str, Any] | None:

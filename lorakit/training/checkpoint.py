@@ -19,11 +19,14 @@ from lorakit.storage import strict_json
 from lorakit.storage.disk import require_space
 from lorakit.storage.manifest import check_manifest, write_manifest
 from lorakit.storage.publish import publish_folder, remove_folder, set_aside
+from lorakit.storage.redact import printable
 from lorakit.storage.tensors import TensorFile, write_tensors
 
 NAME = re.compile(r"step-(\d{6,})")
 OPTIMIZER = "optimizer.safetensors"
 SCHEMA = 1
+_HELD = re.compile(r"recipe\.(adapter\.|train\.optimizer$)")  # keys whose tensors it holds
+LARGEST_SCALE = 2.0**64  # of a loss in fp16, which overflows long before
 BYTES_PER_VALUE = 12  # of what is trained: itself and two moments of AdamW, each in fp32
 NOT_FINITE = "lower train.learning_rate, or set model.dtype to bf16 or fp32"
 
@@ -187,7 +190,8 @@ def check_unchanged(
     """Return what differs between a checkpoint and the run that wants to go on from it.
 
     Raises:
-        BadInput: when something differs and an inexact resume was not allowed.
+        BadInput: when something differs and an inexact resume was not allowed, or it is what the
+            checkpoint holds the tensors of.
     """
     names = sorted({*checkpoint.pinned, *pinned})
     differs = {
@@ -195,19 +199,24 @@ def check_unchanged(
         for name in names
         if checkpoint.pinned.get(name) != pinned.get(name)
     }
-    if differs and not allow_inexact:
+    kept = {name: pair for name, pair in differs.items() if _HELD.match(name)}
+    if kept or (differs and not allow_inexact):
+        way = "put it back as it was, or "
         raise BadInput(
             "checkpoint.changed",
-            f"the run would not go on as it began: {'; '.join(in_words(differs))}",
+            f"the run would not go on as it began: {'; '.join(in_words(kept or differs))}",
             where=str(checkpoint.folder),
-            help="put it back as it was, or go on with --allow-inexact",
+            help=way + ("begin a run of its own" if kept else "go on with --allow-inexact"),
         )
     return differs
 
 
 def in_words(differs: Mapping[str, tuple[Any, Any]]) -> list[str]:
     """Say what is not as it was."""
-    return [f"{name} was {old!r} and is {new!r}" for name, (old, new) in differs.items()]
+    return [
+        f"{printable(name)} was {printable(repr(old))} and is {printable(repr(new))}"
+        for name, (old, new) in differs.items()
+    ]
 
 
 def interrupted(signal: Signals | None, checkpoints: Path, step: int) -> Interrupted:
@@ -230,7 +239,8 @@ def _steps(checkpoints: Path) -> list[int]:
     if not checkpoints.is_dir():
         return []
     matches = (NAME.fullmatch(entry.name) for entry in checkpoints.iterdir())
-    return sorted(int(match[1]) for match in matches if match)
+    # A number has other names: with more zeros, or with the digits of another script.
+    return sorted(int(m[1]) for m in matches if m and m[0] == step_name(int(m[1])))
 
 
 def _damage(folder: Path) -> str | None:
@@ -281,7 +291,7 @@ def _open(folder: Path) -> Checkpoint:
     if state.keys() != known.keys():
         raise BadInput(
             "checkpoint.changed",
-            f"lorakit {pinned.get('lorakit')} wrote this checkpoint in another form",
+            f"lorakit {printable(str(pinned.get('lorakit')))} wrote this checkpoint in another form",
             where=str(folder),
             help="finish the run with that version",
         )
@@ -289,9 +299,12 @@ def _open(folder: Path) -> Checkpoint:
         if not isinstance(
             state[key], get_origin(kind) if get_origin(kind) in (dict, list) else kind
         ):
-            raise _not_ours(folder, f"state.{key} is {state[key]!r}")
+            raise _not_ours(folder, f"state.{key} is {printable(repr(state[key]))}")
+    if not 0 < state["loss_scale"] <= LARGEST_SCALE:
+        raise _not_ours(folder, f"state.loss_scale is {state['loss_scale']}")
     return Checkpoint(folder, State(**state), pinned)
 
 
 def _not_ours(folder: Path, what: str) -> RunFailed:
-    return RunFailed("checkpoint.damaged", f"no run wrote this: {what}", where=str(folder))
+    message, help = f"no run wrote this: {what}", "start again with --overwrite"
+    return RunFailed("checkpoint.damaged", message, where=str(folder), help=help)

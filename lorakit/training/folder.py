@@ -17,8 +17,8 @@ from lorakit.storage.disk import storage_errors, sync
 from lorakit.storage.lock import locked, refuse_locked
 from lorakit.storage.owners import of_another, open_to_all
 from lorakit.storage.paths import open_regular
-from lorakit.storage.publish import is_aside, publish_file, remove_folder, sweep
-from lorakit.storage.redact import redact
+from lorakit.storage.publish import check_place, is_aside, publish_file, remove_folder, sweep
+from lorakit.storage.redact import printable, redact
 from lorakit.training import checkpoint
 from lorakit.training.checkpoint import Checkpoint
 
@@ -26,6 +26,8 @@ Mode = Literal["start", "resume", "resume-or-start", "overwrite"]
 # What a folder may hold before its first run: the lock, and a log that is written from the start.
 OURS = {".lock", "log.txt"}
 RUN = "run.json"
+# What was chosen once and a resume keeps, with the least that it can be.
+CHOICES = {"micro_batch_limit": 1, "recomputed_layers": 0}
 # What a run writes before its first step: a start may take the place of one that came no further.
 BEGUN = OURS | {RUN, "recipe.yaml", "resolved.yaml", "plan.json"}
 
@@ -204,8 +206,7 @@ def _found(
             raise _nothing_to_resume(path)
         return fresh
     changed = checkpoint.check_unchanged(found, pinned, allow_inexact=allow_inexact)
-    facts = strict_json.read_object(path / RUN, "checkpoint")
-    folder = replace(fresh, facts=facts, resume=found, changed=changed)
+    folder = replace(fresh, facts=_facts(path / RUN), resume=found, changed=changed)
     if changed:
         message = f"the run does not go on as it began: {'; '.join(folder.changes)}"
         notices.append(Notice("checkpoint.inexact", message, Place(str(found.folder))))
@@ -214,8 +215,30 @@ def _found(
     return replace(folder, notices=(*fresh.notices, *notices))
 
 
+def _facts(path: Path) -> dict[str, Any]:
+    """Read what a run wrote down; what a resume takes from it must be as a run writes it.
+
+    Raises:
+        RunFailed: `checkpoint.damaged`.
+    """
+    facts = strict_json.read_object(path, "checkpoint")
+    wrong = [
+        key
+        for key, least in CHOICES.items()
+        if type(value := facts.get(key)) is not int or value < least
+    ]
+    if not isinstance(facts.get("resumes", []), list):
+        wrong.append("resumes")
+    if wrong:
+        found = printable(strict_json.dumps_line(facts.get(wrong[0])))
+        message = f"{wrong[0]}: no run wrote {found}, and a resume goes by it"
+        help = "bring the file back as it was, or start again with --overwrite"
+        raise RunFailed("checkpoint.damaged", message, where=str(path), help=help)
+    return facts
+
+
 def supersede(metrics: Path, step: int) -> None:
-    """Mark the rows after `step`, which a resume takes again; a torn line is left out.
+    """Mark the rows after `step`, which a resume takes again; what is no row is left out.
 
     Raises:
         RunFailed: when the disk refuses.
@@ -227,7 +250,8 @@ def supersede(metrics: Path, step: int) -> None:
         for line in file.read().splitlines():
             with suppress(LorakitError):
                 row = strict_json.parse(line, Place(str(metrics)), "checkpoint")
-                rows.append(row | {"superseded": True} if row["step"] > step else row)
+                if isinstance(row, dict) and type(row.get("step")) is int:
+                    rows.append(row | {"superseded": True} if row["step"] > step else row)
     text = "".join(f"{strict_json.dumps_line(row)}\n" for row in rows)
     publish_file(metrics, text.encode(), replace=True)
 
@@ -248,11 +272,9 @@ def check_free(path: Path, mode: Mode) -> None:
         BadInput: when it holds something that this mode must not touch.
         RunFailed: `run.locked` when a run is at work there.
     """
-    above = next(one for one in (path, *path.parents, Path()) if os.path.exists(one))
-    if not above.is_dir():
-        message = f"{above} is a file, so no run can be {'it' if above == path else 'below it'}"
-        raise BadInput("output.not-empty", message, where=str(path), help="use --out")
-    if above != path:
+    for name in (*BEGUN, "adapter", "checkpoints", "metrics.jsonl"):
+        check_place(path / name)
+    if not os.path.exists(path):
         if mode == "resume":
             raise _nothing_to_resume(path)
         return
@@ -275,9 +297,10 @@ def _check_contents(path: Path, mode: Mode) -> None:
         )
     if mode == "start" and (present - BEGUN - {"checkpoints"} or any(_checkpoints(path))):
         facts = strict_json.read_object(path / RUN, "checkpoint")
+        status, updated = (printable(str(facts.get(key))) for key in ("status", "updated"))
         raise BadInput(
             "output.not-empty",
-            f"the folder holds a run that is {facts.get('status')} since {facts.get('updated')}",
+            f"the folder holds a run that is {status} since {updated}",
             where=str(path),
             help="--resume goes on with it, --overwrite removes it, --out takes another folder",
         )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lorakit.errors import EnvironmentLacks, Notice, RunFailed
 from lorakit.recipe.sections import Optimizer, Train
+from lorakit.storage.redact import printable
 from lorakit.training.memory import GIB, state_bytes
 
 # What a paged optimizer is where there is no GPU to page from.
@@ -202,10 +203,16 @@ def load_state_tensors(
     for key, value in tensors.items():
         moment, _, name = key.partition("/")
         states.setdefault(name, {})[moment] = value
-    if states and set(states) != set(named):
-        odd = sorted(set(states) ^ set(named))
-        raise RunFailed("checkpoint.damaged", f"the optimizer's state does not fit: {odd[0]}")
-    if states and hasattr(optimizer, "init_state"):
+    odd = sorted(set(states) ^ set(named)) if states else []
+    ours = not hasattr(optimizer, "init_state")  # bitsandbytes holds moments in its own shapes
+    odd += [n for n, state in states.items() if ours and n in named and not _fits(state, named[n])]
+    if odd:
+        raise RunFailed(
+            "checkpoint.damaged",
+            f"the optimizer's state does not fit: {printable(odd[0])}",
+            help="bring the checkpoint back as it was, or start again with --overwrite",
+        )
+    if states and not ours:
         _load_bitsandbytes(optimizer, {named[name]: state for name, state in states.items()})
         return
     for name, state in states.items():
@@ -217,6 +224,13 @@ def load_state_tensors(
             else value
             for moment, value in state.items()
         }
+
+
+def _fits(state: Mapping[str, Tensor], parameter: nn.Parameter) -> bool:
+    """Tell whether moments can be those of a parameter; Adafactor's have a dimension less."""
+    return all(
+        value.shape == parameter.shape for value in state.values() if value.ndim == parameter.ndim
+    )
 
 
 def _load_bitsandbytes(optimizer: Any, states: Mapping[Tensor, Mapping[str, Tensor]]) -> None:

@@ -1,6 +1,7 @@
 """Checkpoints that a run cannot go on from, and those that it can: with a warning."""
 # ruff: noqa: E501  # a table: one input a line
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -57,7 +58,23 @@ def more_threads(world: World) -> Sequence[str]:
     return RESUME
 
 
+def noted(**changes: object) -> Callable[[World], Sequence[str]]:
+    return resume(lambda world: world.change(f"{RUN}/run.json", **changes))
+
+
 CASES = [
+    *(Case(f"run.json without {key}: {value!r:.9}", noted(**{key: value}), (key, "no run wrote"), "run.json",
+           "checkpoint.damaged")
+      for key, values in {"micro_batch_limit": (..., "x", None, 0, 1.5, True),
+                          "recomputed_layers": (..., -1), "resumes": ("x", None)}.items()
+      for value in values),
+    *(Case(f"{key} with --allow-inexact", resume(lambda _: None, "--allow-inexact", "-s", f"{key}={value}"),
+           (f"recipe.{key}", "a run of its own"), "", "checkpoint.changed")
+      for key, value in (("adapter.rank", 8), ("adapter.method", "rslora"), ("train.optimizer", "sgd"))),
+    *(Case(f"a link for {name}", resume(lambda w, name=name: (w.path(f"{RUN}/{name}").unlink(missing_ok=True),
+                                        w.path(f"{RUN}/{name}").symlink_to("nowhere"))),
+           ("symbolic link",), name, "security.path")
+      for name in ("run.json", "plan.json", "metrics.jsonl")),
     Case("C01 no run", lambda _: [*RESUME, "--out", "runs/new"], (), "runs/new"),
     Case("C01 no checkpoint", resume(lambda w: shutil.rmtree(w.path(STEPS))), (), RUN),
     Case("C01 an empty folder",
@@ -112,6 +129,25 @@ def test_an_older_one_is_taken_with_a_warning(name: str, world: World) -> None:
     row = ROWS.get(name.split()[0])
     assert all(is_said(one, warning["message"]) for (one,) in (row.parts if row else ()))
     assert ended.document["steps"] == 6
+
+
+ODD_ROWS = (
+    '[1]\n5\n{"loss": 1}\n{"step": "x"}\n{"step": null}\n{\n\n{"step": 2}\n{"step": 7}\n{"ste'
+)
+
+
+def test_rows_that_no_run_wrote_are_left_out_of_the_metrics(world: World) -> None:
+    metrics = world.write(f"{RUN}/metrics.jsonl", ODD_ROWS)
+    assert run(RESUME).exit == 0
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert rows[:2] == [{"step": 2}, {"step": 7, "superseded": True}]
+
+
+@pytest.mark.parametrize("name", ["step-0000008", "step-٠٠٠٠٠٨", "step-000008.bak", "best"])
+def test_a_folder_of_another_name_is_no_checkpoint(name: str, world: World) -> None:
+    shutil.copytree(world.path(NEWEST), world.path(f"{STEPS}/{name}"))
+    ended = run(RESUME)
+    assert (ended.exit, ended.document["warnings"]) == (0, [])
 
 
 def test_resume_or_start_says_which_of_the_two_it_did(world: World) -> None:
