@@ -3,10 +3,13 @@
 Standard library only: `--help`, `recipes` and the fetch script must not wait for torch.
 """
 
+import logging
 import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
+
+from lorakit.errors import BadInput
 
 VARIABLES = {
     "LORAKIT_CACHE": "folder for models and tokenised data; else XDG_CACHE_HOME/lorakit",
@@ -40,17 +43,38 @@ def variable(name: str) -> str | None:
     return os.environ.get(name) or None
 
 
+def count(name: str, default: int, *, least: int = 0) -> int:
+    """Return a variable that holds a whole number.
+
+    Raises:
+        BadInput: `usage`, when it holds something else.
+    """
+    value = variable(name)
+    if value is None:
+        return default
+    if not (value.isascii() and value.isdigit() and len(value) < 10 and int(value) >= least):
+        message = f"the variable {name} is {value!r}; a whole number from {least} on is expected"
+        raise BadInput("usage", message, help=f"take it out, or set it: {VARIABLES[name]}")
+    return int(value)
+
+
 def all_variables() -> Mapping[str, str]:
     """Return the whole environment: for `${VAR}` in recipes and for finding secrets to hide."""
     return os.environ
 
 
 def cache_folder() -> Path:
-    """Return lorakit's cache folder; it may not exist yet."""
-    if chosen := variable("LORAKIT_CACHE"):
-        return Path(chosen).expanduser()
-    parent = variable("XDG_CACHE_HOME")
-    return (Path(parent) if parent else Path.home() / ".cache") / "lorakit"
+    """Return lorakit's cache folder; it may not exist yet.
+
+    Raises:
+        BadInput: `usage`, when it is below the home of a user who is not known here.
+    """
+    parent = variable("XDG_CACHE_HOME") or "~/.cache"
+    folder = os.path.expanduser(variable("LORAKIT_CACHE") or os.path.join(parent, "lorakit"))
+    if folder.startswith("~"):
+        message = f"the cache folder is {folder}, and there is no such home"
+        raise BadInput("usage", message, help="set LORAKIT_CACHE to a folder")
+    return Path(folder)
 
 
 def offline() -> bool:
@@ -59,13 +83,19 @@ def offline() -> bool:
 
 
 def quiet_libraries(*, offline: bool) -> None:
-    """Set what libraries read at import: no hub kernels, no telemetry, no conversion uploads."""
+    """Set what libraries read at import: no hub kernels, no telemetry, no conversion uploads.
+
+    What they say at run time is not for the terminal either.
+    """
     os.environ["USE_HUB_KERNELS"] = "0"
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ["RUST_BACKTRACE"] = "0"  # a panic of theirs becomes an error of ours
+    if not logging.getLogger().handlers:
+        logging.getLogger().addHandler(logging.NullHandler())
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS if _cores_are_free() else SPINS_SHARED))
     if offline:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed
 
 from lorakit import environment
-from lorakit.errors import EnvironmentLacks, RunFailed
+from lorakit.errors import BadInput, EnvironmentLacks, RunFailed
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Of <malloc.h>: sizes from which memory is mapped apart, and from which it is given back.
@@ -166,11 +166,14 @@ def start() -> Runtime:
     """Choose the device, set the threads, and join the other processes where a launcher made some.
 
     Raises:
+        BadInput: `usage`, when a launcher's variables make no sense.
         EnvironmentLacks: when there are more processes on this machine than GPUs.
     """
-    processes = int(environment.variable("WORLD_SIZE") or 1)
-    process = int(environment.variable("RANK") or 0)
-    local = int(environment.variable("LOCAL_RANK") or 0)
+    processes = environment.count("WORLD_SIZE", 1, least=1)
+    process, local = environment.count("RANK", 0), environment.count("LOCAL_RANK", 0)
+    if process >= processes:
+        message = f"this is process {process} of {processes} (the variables RANK and WORLD_SIZE)"
+        raise BadInput("usage", message, help="start several processes with --nproc, or torchrun")
     if not environment.variable("OMP_NUM_THREADS"):
         torch.set_num_threads(max(1, usable_cores() // processes))
     _keep_freed_memory()
@@ -193,6 +196,10 @@ def start() -> Runtime:
             )
         except RuntimeError as error:
             raise lost_another(process, processes, error) from error
+        except ValueError as error:  # where the others are is not said
+            message = f"WORLD_SIZE is {processes}, but {error}"
+            help = "start several processes with --nproc, or torchrun"
+            raise BadInput("usage", message, help=help) from error
     return Runtime(device, process, processes)
 
 

@@ -1,6 +1,7 @@
 """`lorakit train`: carry out a recipe."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,6 +22,8 @@ from lorakit.processes import launch
 
 if TYPE_CHECKING:
     from lorakit.training.folder import Mode
+
+MOST_GPUS = 16  # of one machine
 
 
 @command
@@ -66,6 +69,9 @@ def train(
     modes = [mode for mode, chosen in asked.items() if chosen]
     if len(modes) > 1:
         raise usage(f"--{modes[0]} and --{modes[1]} do not go together")
+    if nproc > (most := max(MOST_GPUS, os.cpu_count() or 1)):
+        help = "one process a GPU, or a core"
+        raise usage(f"--nproc {nproc}: at most {most} processes make sense on this machine", help)
     if nproc > 1 and environment.variable("WORLD_SIZE") is None:
         raise typer.Exit(launch(_without_nproc(sys.argv[1:]), nproc))
     overrides = [*(changes or ())]

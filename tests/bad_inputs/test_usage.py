@@ -33,7 +33,27 @@ def without_bitsandbytes(command: str) -> Build:
     return build
 
 
+def variables(command: Sequence[str], **values: str) -> Build:
+    def build(world: World) -> Sequence[str]:
+        patch = world.held.enter_context(pytest.MonkeyPatch.context())
+        for name, value in values.items():
+            patch.setenv(name, value)
+        return command
+
+    return build
+
+
+START = ["train", "recipe.yaml", "--out", "runs/new"]
 CASES = [
+    *(Case(f"{name}={value}", variables(START, **{name: value}), (name, repr(value)), "", "usage")
+      for name, value in (("WORLD_SIZE", "two"), ("WORLD_SIZE", "0"), ("RANK", "-1"), ("LOCAL_RANK", "1e3"))),
+    Case("RANK beyond", variables(START, RANK="5"), ("process 5 of 1", "--nproc"), "", "usage"),
+    Case("WORLD_SIZE alone", variables(START, WORLD_SIZE="2"), ("MASTER_ADDR", "--nproc"), "", "usage"),
+    Case("half of a surrogate pair in --out", given("train", "recipe.yaml", "--out", "m\udcff"),
+         ("output_dir", "udcff"), "", "recipe.encoding"),
+    Case("a thousand processes", given(*START, "--nproc", "1000"), ("--nproc 1000", "at most"), "", "usage"),
+    Case("the cache of nobody", variables(["plan", "recipe.yaml"], LORAKIT_CACHE="~nobody-here/x"),
+         ("~nobody-here/x", "LORAKIT_CACHE"), "", "usage"),
     Case("X01 option", given("plan", "recipe.yaml", "--offlin"), ("--offlin", "--offline")),
     Case("X01 command", given("trian", "recipe.yaml"), ("trian", "train")),
     Case("X01 subcommand", given("recipes", "lst"), ("lst", "list")),
