@@ -8,6 +8,7 @@ from typer.exceptions import TyperException
 from lorakit import __version__
 from lorakit.cli import data, doctor, eval, generate, merge, methods, plan, recipes, train
 from lorakit.cli.screen import Screen, usage
+from lorakit.cli.streams import refused, replace_closed
 from lorakit.errors import BadInput
 from lorakit.processes import start_again, tunables
 from lorakit.storage.redact import printable
@@ -47,12 +48,24 @@ def main() -> None:
     """Run the command line and leave with its exit code; wrong usage is told as any other error."""
     if sys.argv[1:2] == ["train"] or "--measure" in sys.argv:
         start_again(tunables())
+    replace_closed()
+    code = 0
     try:
-        code = app(prog_name="lorakit", standalone_mode=False)
+        code = _run()
+        sys.stdout.flush()
+    except OSError as error:  # of stdout: commands catch their own
+        if told := refused(error):
+            Screen("lorakit").fail(told)
+            code = told.exit_code
+    sys.exit(code)
+
+
+def _run() -> int:
+    try:
+        return int(app(prog_name="lorakit", standalone_mode=False) or 0)
     except TyperException as error:
         Screen("usage", json="--json" in sys.argv).fail(_usage(error))
-        code = error.exit_code
-    sys.exit(code)
+        return error.exit_code
 
 
 def _usage(error: TyperException) -> BadInput:

@@ -1,10 +1,11 @@
 """How the command line writes to a stream: rich, which only a command that runs waits for."""
 
-import os
 from typing import TextIO
 
 import rich.console
 from rich.text import Text
+
+from lorakit.cli.streams import silence
 
 WIDE = 10_000  # columns off a terminal: who reads a pipe wants a row on a line
 
@@ -29,8 +30,11 @@ class Console(rich.console.Console):
         line = Text(text)
         if color:
             line.stylize(color, 0, len(text.partition(":")[0]))
-        self.print(line, soft_wrap=True)
+        try:
+            self.print(line, soft_wrap=True)
+        except OSError:  # a full disk, or a terminal that is gone
+            self.on_broken_pipe()
 
     def on_broken_pipe(self) -> None:
         """Go on in silence: nobody reads the lines, but the work is still wanted."""
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+        silence(self.file)

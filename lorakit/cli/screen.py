@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lorakit import __version__, environment
+from lorakit.cli.streams import silence
 from lorakit.errors import (
     BUG_EXIT_CODE,
     BUG_ID,
@@ -278,7 +280,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         environment.quiet_libraries(offline=screen.offline)
         gc.set_threshold(COLLECT_EVERY)
         try:
-            with raising_on_signals():
+            with raising_on_signals(), _libraries_silent(debug=debug):
                 function(screen, **arguments)
         except LorakitError as error:
             screen.trace(error)
@@ -291,7 +293,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             end_by(error.signal if isinstance(error, Signalled) else signal.SIGINT)
         except BrokenPipeError:
             # The reader of stdout has gone; nobody is left to tell.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            silence(sys.stdout)
             raise typer.Exit(0) from None
         except OSError as error:
             # The file system's answer to what somebody gave: no bug, wherever it came up.
@@ -299,7 +301,9 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             screen.trace(error)
             screen.fail(told)
             raise typer.Exit(told.exit_code) from None
-        except Exception as error:
+        except SystemExit:
+            raise
+        except BaseException as error:  # a panic of a Rust library is no Exception
             screen.trace(error)
             screen.fail_unforeseen(error)
             raise typer.Exit(BUG_EXIT_CODE) from None
@@ -311,6 +315,15 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = signature  # type: ignore[attr-defined]  # what Typer reads
     run.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
     return run
+
+
+@contextmanager
+def _libraries_silent(*, debug: bool) -> Iterator[None]:
+    """Keep the warnings of libraries off the terminal; lorakit's own are notices."""
+    with warnings.catch_warnings():
+        if not debug:
+            warnings.simplefilter("ignore")
+        yield
 
 
 def usage(message: str, help: str | None = None) -> BadInput:
