@@ -124,11 +124,18 @@ def test_a_path_that_is_not_there_is_named(path: str, tmp_path: Path) -> None:
     assert "config.json" in text
 
 
-def test_a_name_that_may_be_a_hub_id_is_offline(tmp_path: Path) -> None:
-    with pytest.raises(EnvironmentLacks) as error:
-        find(tmp_path / "no-such-model-anywhere")
-    assert error.value.id == "env.offline"
-    assert "no-such-model-anywhere" in error.value.message
+@pytest.mark.parametrize(
+    ("name", "id"), [("no-such-model", "model.not-found"), ("org/no-such-model", "env.offline")]
+)
+def test_a_name_without_an_owner_is_sooner_a_folder_than_a_hub_id(
+    name: str, id: str, tmp_path: Path
+) -> None:
+    with pytest.raises(LorakitError) as error:
+        base.find(
+            Model(path=name), tmp_path, offline=True, allow_remote_code=False, cache=tmp_path / "c"
+        )
+    assert error.value.id == id
+    assert name in error.value.message
 
 
 def test_fingerprints_follow_the_weights_and_not_the_files(tmp_path: Path) -> None:
