@@ -171,7 +171,7 @@ class PeftConfig:
 
     def _number(self, key: str, value: Any) -> float:
         if type(value) not in (int, float) or not -LARGEST <= value <= LARGEST:
-            raise self.wrong(key, f"expected a number of fp32, found {shown(value)}")
+            raise self.wrong(key, f"expected a finite number of fp32, found {shown(value)}")
         return float(value)
 
     def _table(self, key: str) -> dict[str, Any]:
