@@ -8,8 +8,8 @@ from typer.exceptions import TyperException
 from lorakit import __version__
 from lorakit.cli import data, doctor, eval, generate, merge, methods, plan, recipes, train
 from lorakit.cli.screen import Screen, usage
-from lorakit.cli.streams import refused, replace_closed
-from lorakit.errors import BadInput
+from lorakit.cli.streams import replace_closed, result_errors, silence, write_result
+from lorakit.errors import BadInput, RunFailed
 from lorakit.processes import start_again, tunables
 from lorakit.storage.redact import printable
 
@@ -51,12 +51,14 @@ def main() -> None:
     replace_closed()
     code = 0
     try:
-        code = _run()
-        sys.stdout.flush()
-    except OSError as error:  # of stdout: commands catch their own
-        if told := refused(error):
-            Screen("lorakit").fail(told)
-            code = told.exit_code
+        with result_errors():  # of --help and --version: commands catch their own
+            code = _run()
+        write_result()
+    except BrokenPipeError:
+        silence(sys.stdout)
+    except RunFailed as error:
+        Screen("lorakit").fail(error)
+        code = error.exit_code
     sys.exit(code)
 
 

@@ -9,6 +9,7 @@ import typer
 
 from lorakit.cli.merge import BaseOption
 from lorakit.cli.screen import AllowRemoteCode, Screen, command, usage
+from lorakit.cli.streams import write_result
 from lorakit.errors import BadInput, Place
 from lorakit.storage import strict_json
 from lorakit.storage.redact import printable
@@ -61,7 +62,8 @@ def generate(
         screen.result("", facts[0] if prompt else {"generations": facts})
     else:
         # Not through rich, which would replace tabs and :names:.
-        typer.echo(_safe("\n\n".join(map(_told, facts)), terminal=screen.out.is_terminal))
+        text = _safe("\n\n".join(map(_told, facts)), terminal=screen.out.is_terminal)
+        write_result(f"{text}\n")
 
 
 def _answered(

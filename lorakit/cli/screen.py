@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lorakit import __version__, environment
-from lorakit.cli.streams import silence
+from lorakit.cli.streams import silence, write_result
 from lorakit.errors import (
     BUG_EXIT_CODE,
     BUG_ID,
@@ -141,12 +141,12 @@ class Screen:
             self._document(data, exit)
         elif isinstance(shown, str):
             # Not through rich, which would turn `:smile:` and tabs into something else.
-            sys.stdout.write(shown + "\n")
+            write_result(f"{shown}\n")
         else:
             with self.out.capture() as drawn:
                 self.out.print(shown, soft_wrap=True)
-            for line in drawn.get().splitlines():
-                sys.stdout.write(line.rstrip() + "\n")
+            lines = (line.rstrip() for line in drawn.get().splitlines())
+            write_result("".join(f"{line}\n" for line in lines))
 
     @contextmanager
     def progress(self, description: str, total: int | None) -> Iterator[Callable[[int], None]]:
@@ -218,7 +218,7 @@ class Screen:
             "warnings": warnings,
             **data,
         }
-        sys.stdout.write(self._clean(json.dumps(document, indent=2, default=str)) + "\n")
+        write_result(self._clean(json.dumps(document, indent=2, default=str)) + "\n")
 
     def _described(self, error: LorakitError) -> dict[str, Any]:
         where = error.where

@@ -2,11 +2,11 @@
 
 import os
 import sys
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO
 
-from lorakit.errors import LorakitError
-from lorakit.storage.disk import storage_error
+from lorakit.errors import RunFailed
 
 
 def replace_closed() -> None:
@@ -16,11 +16,34 @@ def replace_closed() -> None:
         sys.stdout, sys.stderr = sys.stdout or nothing, sys.stderr or nothing
 
 
-def refused(error: OSError) -> LorakitError | None:
-    """Write nothing more to stdout; return the error when it would not take the result."""
-    silence(sys.stdout)
-    # The reader of a pipe that has gone has read all that it wanted.
-    return None if isinstance(error, BrokenPipeError) else storage_error(error, Path("stdout"))
+@contextmanager
+def result_errors() -> Iterator[None]:
+    """Say of an OSError in the block that stdout does not take the result.
+
+    Raises:
+        BrokenPipeError: when its reader has gone, who has read all that it wanted.
+        RunFailed: `storage.io`.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        silence(sys.stdout)
+        message = f"the result could not be written: {error.strerror}"
+        raise RunFailed("storage.io", message, where="stdout", help="let it go elsewhere") from error
+
+
+def write_result(text: str = "") -> None:
+    """Write to stdout, all that it still holds as well.
+
+    Raises:
+        BrokenPipeError: when its reader has gone.
+        RunFailed: when stdout does not take it.
+    """
+    with result_errors():
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 def silence(stream: IO[str]) -> None:

@@ -26,7 +26,7 @@ def run(redirected: str, arguments: list[str], folder: Path) -> subprocess.Compl
 def test_a_result_that_cannot_be_written_is_a_failure(arguments: list[str], tmp_path: Path) -> None:
     ended = run(">/dev/full", arguments, tmp_path)
     assert ended.returncode == 3
-    assert ended.stderr.startswith("error[storage.full]: No space left on device")
+    assert ended.stderr.startswith("error[storage.io]: the result could not be written: No space")
     assert ended.stderr.count("error[") == 1
     assert "Traceback" not in ended.stderr
     assert "Exception ignored" not in ended.stderr
