@@ -31,7 +31,9 @@ def result_errors() -> Iterator[None]:
     except OSError as error:
         silence(sys.stdout)
         message = f"the result could not be written: {error.strerror}"
-        raise RunFailed("storage.io", message, where="stdout", help="let it go elsewhere") from error
+        raise RunFailed(
+            "storage.io", message, where="stdout", help="let it go elsewhere"
+        ) from error
 
 
 def write_result(text: str = "") -> None:

@@ -74,6 +74,14 @@ def check_tensors(weights: Weights, model: PreTrainedModel, where: str) -> tuple
             missing.append(named[0][0])
         for name in stored:
             _check_shape(name, weights.shape(name), named[0][1].shape, where)
+            if named[0][1].is_floating_point() and not weights.dtype(name).is_floating_point:
+                raise BadInput(
+                    "model.shape-mismatch",
+                    f"{printable(name)} is {weights.dtype(name)} in the files; floating-point "
+                    "numbers were expected",
+                    where=where,
+                    help="fetch the model again, or the config.json that says how it is quantised",
+                )
     refuse_missing(missing, where)
     patterns = {_COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ())}
     unused = [name for name in weights.names if name not in used and not _ignored(patterns, name)]

@@ -1,5 +1,7 @@
 """The tokenizer that comes with a base, loaded from its folder and checked against the model."""
 
+import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +26,7 @@ _READ = frozenset({".json", ".jinja", ".model", ".txt"})  # what transformers ma
 _TEMPLATES = "additional_chat_templates"
 _PANIC = "PanicException"  # of the Rust library: no `Exception`, and in no module
 _PROBE = "a b"
+MOST_GROWTH = 1000
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -49,6 +52,7 @@ def read_tokenizer(
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=code_allowed, **options
         )
+        _check_growth(tokenizer)
         with suppress(Exception):  # it need not know these letters; a panic would come of any
             tokenizer.decode(tokenizer.encode(_PROBE))
     check_vocabulary(tokenizer, config, str(where))
@@ -99,6 +103,35 @@ def _unseen() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+def _check_growth(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that a text does not become a thousand times longer before it is tokenised.
+
+    Raises:
+        BadInput: `tokenizer.missing`.
+    """
+    normalizer = tokenizer.backend_tokenizer.normalizer if tokenizer.is_fast else None
+    growth = _growth(json.loads(normalizer.__getstate__())) if normalizer is not None else 1.0
+    if growth > MOST_GROWTH:
+        raise BadInput(
+            "tokenizer.missing",
+            f"the tokenizer's normalizer makes texts up to {growth:.0e} times longer",
+            where=str(tokenizer.name_or_path),
+            help="take the tokenizer.json that belongs to the model",
+        )
+
+
+def _growth(part: Any) -> float:
+    """Return how many times longer a normalizer makes a text that is all what it looks for."""
+    if isinstance(part, list):
+        return math.prod(map(_growth, part))
+    if not isinstance(part, dict):
+        return 1.0
+    replaced = len(str(part.get("content", ""))) if part.get("type") == "Replace" else 1
+    pattern = part.get("pattern")
+    sought = pattern.get("String", "") if isinstance(pattern, dict) else ""
+    return max(1.0, replaced / max(1, len(sought))) * _growth(part.get("normalizers"))
 
 
 def files_sha256(folder: Path) -> str:

@@ -173,10 +173,8 @@ def open_folder(folder: Path, *, links_into: Path | None = None) -> Weights:
 
 def has_weights(folder: Path) -> bool:
     """Tell whether a folder has files that hold weights, or should not."""
-    return any(
-        path.suffix.lower() in {".safetensors", *PICKLES} or path.name == INDEX
-        for path in folder.iterdir()
-    )
+    endings = (".safetensors", ".index.json", ".gguf", ".h5", ".msgpack", *PICKLES)
+    return any(path.name.lower().endswith(endings) for path in folder.iterdir())
 
 
 def refuse_disguises(folder: Path) -> None:
@@ -254,8 +252,10 @@ def _no_weights(folder: Path) -> BadInput:
         )
     return BadInput(
         "model.not-found",
-        f"there is no {SINGLE} and no {INDEX} in the folder, only {', '.join(found[:8])}",
+        f"there is no {SINGLE} and no {INDEX} in the folder, only "
+        f"{', '.join(map(printable, found[:8]))}",
         where=str(folder),
+        help="fetch the model as .safetensors, or name a .gguf file itself",
     )
 
 

@@ -85,6 +85,8 @@ def inside(folder: Path, name: str, *, links_into: Path | None = None) -> Path:
         except FileNotFoundError:
             return folder / name
         except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise refused("is longer than the name of a file can be") from None
             raise storage_error(error, path) from error
         if stat.S_ISLNK(mode):
             raise refused("is a symbolic link, which may lead outside")

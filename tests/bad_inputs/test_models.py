@@ -193,6 +193,16 @@ CASES = [
           ("replace", "normalizer", {"type": "Replace", "pattern": {"String": ""}, "content": "x"}),
           ("length", "pre_tokenizer", {"type": "FixedLength", "length": 0}),
           ("strip", "decoder", {"type": "Strip", "content": "a", "start": 2**40, "stop": 2**40}))),
+    Case("a tokenizer that bloats",
+         plan(tokenizer(normalizer={"type": "Sequence", "normalizers":
+                        [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}] * 3})),
+         ("1e+09 times longer",), "model", "tokenizer.missing"),
+    *(Case(f"weights of {dtype}", plan(tensors(lambda t, dtype=dtype: t.update({NORM: t[NORM].to(dtype)}))),
+           (NORM, str(dtype)), "model", "model.shape-mismatch")
+      for dtype in (torch.int64, torch.bool, torch.uint8)),
+    *(Case(f"nothing but {name}", plan(lambda w, name=name: w.path(WEIGHTS).rename(w.path(f"model/{name}"))),
+           (name,), "model", "model.not-found") for name in ("model.gguf", "tf_model.h5")),
+    Case("a shard of a name too long", mapped("x" * 300 + ".safetensors"), ("longer than",), "model", "security.path"),
     Case("a tokenizer without words", plan(only_words), ("cannot take a text",), "model", "tokenizer.missing"),
     *(Case(f"a FIFO for {name}", plan(fifo(name)), (name, "FIFO"), "model", "security.path")
       for name in ("tokenizer_config.json", "special_tokens_map.json", "merges.txt", "chat_template.jinja")),

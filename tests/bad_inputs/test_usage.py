@@ -49,6 +49,9 @@ CASES = [
       for name, value in (("WORLD_SIZE", "two"), ("WORLD_SIZE", "0"), ("RANK", "-1"), ("LOCAL_RANK", "1e3"))),
     Case("RANK beyond", variables(START, RANK="5"), ("process 5 of 1", "--nproc"), "", "usage"),
     Case("WORLD_SIZE alone", variables(START, WORLD_SIZE="2"), ("MASTER_ADDR", "--nproc"), "", "usage"),
+    *(Case(f"{option} {to!r}", given("eval", "recipe.yaml", "-s", "data.eval=0.2", option, to), (said,), "", "output.not-empty")
+      for option in ("--junit", "--samples")
+      for to, said in (("model", "is a folder"), ("", "is a folder"), ("rows.jsonl/x", "rows.jsonl is a file"))),
     Case("half of a surrogate pair in --out", given("train", "recipe.yaml", "--out", "m\udcff"),
          ("output_dir", "udcff"), "", "recipe.encoding"),
     Case("a thousand processes", given(*START, "--nproc", "1000"), ("--nproc 1000", "at most"), "", "usage"),
