@@ -48,7 +48,9 @@ def apply(root: Node, overrides: Sequence[str], layers: Layers) -> Node:
 def _set(root: Node, path: Path, text: str, place: Place, append: bool, layers: Layers) -> Node:
     parsed, problems = parse(text, place.file, located=False)
     layers.problems += problems
-    value = replace(layers.expand(parsed or Node(None, place, broken=bool(problems)), path), key=place)
+    value = replace(
+        layers.expand(parsed or Node(None, place, broken=bool(problems)), path), key=place
+    )
     if append:
         value = replace(value, value=[*_entries(_present(root, path)), *_entries(value)])
     if path == ("model",) and isinstance(value.value, str):

@@ -291,7 +291,8 @@ def _open(folder: Path) -> Checkpoint:
     if state.keys() != known.keys():
         raise BadInput(
             "checkpoint.changed",
-            f"lorakit {printable(str(pinned.get('lorakit')))} wrote this checkpoint in another form",
+            f"another lorakit ({printable(str(pinned.get('lorakit')))}) wrote this checkpoint in "
+            "another form",
             where=str(folder),
             help="finish the run with that version",
         )
