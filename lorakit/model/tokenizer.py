@@ -128,10 +128,11 @@ def _growth(part: Any) -> float:
         return math.prod(map(_growth, part))
     if not isinstance(part, dict):
         return 1.0
-    replaced = len(str(part.get("content", ""))) if part.get("type") == "Replace" else 1
+    written = part.get("content") if part.get("type") == "Replace" else part.get("prepend")
     pattern = part.get("pattern")
     sought = pattern.get("String", "") if isinstance(pattern, dict) else ""
-    return max(1.0, replaced / max(1, len(sought))) * _growth(part.get("normalizers"))
+    longer = len(str(written or "")) / max(1, len(sought))
+    return max(1.0, longer) * _growth(part.get("normalizers"))
 
 
 def files_sha256(folder: Path) -> str:

@@ -197,6 +197,9 @@ CASES = [
          plan(tokenizer(normalizer={"type": "Sequence", "normalizers":
                         [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}] * 3})),
          ("1e+09 times longer",), "model", "tokenizer.missing"),
+    Case("a tokenizer with a long beginning",
+         plan(tokenizer(normalizer={"type": "Prepend", "prepend": "x" * 10**6})),
+         ("1e+06 times longer",), "model", "tokenizer.missing"),
     *(Case(f"weights of {dtype}", plan(tensors(lambda t, dtype=dtype: t.update({NORM: t[NORM].to(dtype)}))),
            (NORM, str(dtype)), "model", "model.shape-mismatch")
       for dtype in (torch.int64, torch.bool, torch.uint8)),
