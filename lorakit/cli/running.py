@@ -77,6 +77,8 @@ def planned_run(
     if runtime.is_main:
         # Alone: another process might look when this one has already opened the folder.
         folders.check_free(path, mode)
+        if mode in ("resume", "resume-or-start"):
+            folders.check_facts(path)
         if recipe.merge.enabled:
             check_output(Path(recipe.merge.out), [], overwrite=mode != "start")
     else:

@@ -206,7 +206,8 @@ def _found(
             raise _nothing_to_resume(path)
         return fresh
     changed = checkpoint.check_unchanged(found, pinned, allow_inexact=allow_inexact)
-    folder = replace(fresh, facts=_facts(path / RUN), resume=found, changed=changed)
+    facts = strict_json.read_object(path / RUN, "checkpoint")
+    folder = replace(fresh, facts=facts, resume=found, changed=changed)
     if changed:
         message = f"the run does not go on as it began: {'; '.join(folder.changes)}"
         notices.append(Notice("checkpoint.inexact", message, Place(str(found.folder))))
@@ -215,13 +216,15 @@ def _found(
     return replace(folder, notices=(*fresh.notices, *notices))
 
 
-def _facts(path: Path) -> dict[str, Any]:
-    """Read what a run wrote down; what a resume takes from it must be as a run writes it.
+def check_facts(path: Path) -> None:
+    """Check that what a resume takes from `run.json`, where there is one, is as a run writes it.
 
     Raises:
         RunFailed: `checkpoint.damaged`.
     """
-    facts = strict_json.read_object(path, "checkpoint")
+    if not os.path.lexists(path / RUN) or not any(_checkpoints(path)):
+        return
+    facts = strict_json.read_object(path / RUN, "checkpoint")
     wrong = [
         key
         for key, least in CHOICES.items()
@@ -233,8 +236,7 @@ def _facts(path: Path) -> dict[str, Any]:
         found = printable(strict_json.dumps_line(facts.get(wrong[0])))
         message = f"{wrong[0]}: no run wrote {found}, and a resume goes by it"
         help = "bring the file back as it was, or start again with --overwrite"
-        raise RunFailed("checkpoint.damaged", message, where=str(path), help=help)
-    return facts
+        raise RunFailed("checkpoint.damaged", message, where=str(path / RUN), help=help)
 
 
 def supersede(metrics: Path, step: int) -> None:
