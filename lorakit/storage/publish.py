@@ -6,7 +6,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lorakit.errors import BadInput
@@ -18,6 +18,7 @@ from lorakit.storage.disk import (
     sync,
     write_all,
 )
+from lorakit.storage.paths import kind_of
 
 # `tmp`: being written. `old`: moved aside for a new one. `trash`: being removed.
 _ASIDE = re.compile(r"\.(?P<kind>tmp|old|trash)-(?P<name>.+)-(?P<pid>\d+)-[0-9a-f]{8}", re.DOTALL)
@@ -126,7 +127,9 @@ def set_aside(folder: Path, name: str) -> None:
 
 
 def check_place(target: Path) -> None:
-    """Check that something can be written at `target`: no link leads there, no file is above.
+    """Check that something can be written at `target`: no link or device is there, no file above.
+
+    Who may write to `/dev` would else put a file in the place of `/dev/null`.
 
     Raises:
         BadInput: `security.path` or `output.not-empty`.
@@ -139,6 +142,12 @@ def check_place(target: Path) -> None:
                 where=str(path),
                 help=f"name the place it leads to: {os.path.realpath(path)}",
             )
+    with suppress(FileNotFoundError, NotADirectoryError):
+        mode = os.lstat(target).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            message = f"is a {kind_of(mode)}, which nothing takes the place of"
+            help = "name a file or a folder that is not there"
+            raise BadInput("output.not-empty", message, where=str(target), help=help)
     above = next((path for path in target.parents if os.path.lexists(path)), None)
     if above is not None and not os.path.isdir(above):
         message = f"{above} is a file, so nothing can be written below it"

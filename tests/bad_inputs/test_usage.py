@@ -2,6 +2,7 @@
 # ruff: noqa: E501  # a table: one input a line
 # a table: one input a line
 
+import os
 from collections.abc import Sequence
 
 import pytest
@@ -43,6 +44,16 @@ def variables(command: Sequence[str], **values: str) -> Build:
     return build
 
 
+def beside_fifo(*arguments: str) -> Build:
+    """As root a device could be replaced like that: the test shall not risk one."""
+
+    def build(world: World) -> Sequence[str]:
+        os.mkfifo(world.path("fifo"))
+        return arguments
+
+    return build
+
+
 START = ["train", "recipe.yaml", "--out", "runs/new"]
 CASES = [
     *(Case(f"{name}={value}", variables(START, **{name: value}), (name, repr(value)), "", "usage")
@@ -52,6 +63,10 @@ CASES = [
     *(Case(f"{option} {to!r}", given("eval", "recipe.yaml", "-s", "data.eval=0.2", option, to), (said,), "", "output.not-empty")
       for option in ("--junit", "--samples")
       for to, said in (("model", "is a folder"), ("", "is a folder"), ("rows.jsonl/x", "rows.jsonl is a file"))),
+    *(Case(f"a FIFO for {command[0]}", beside_fifo(*command), ("is a FIFO",), "fifo", "output.not-empty")
+      for command in (["eval", "recipe.yaml", "-s", "data.eval=0.2", "--junit", "fifo"],
+                      ["merge", ADAPTER, "--base", "model", "--out", "fifo", "--overwrite"],
+                      ["recipes", "copy", "quickstart", "fifo", "--force"])),
     Case("half of a surrogate pair in --out", given("train", "recipe.yaml", "--out", "m\udcff"),
          ("output_dir", "udcff"), "", "recipe.encoding"),
     Case("a thousand processes", given(*START, "--nproc", "1000"), ("--nproc 1000", "at most"), "", "usage"),
