@@ -206,7 +206,12 @@ def check_unchanged(
             "checkpoint.changed",
             f"the run would not go on as it began: {'; '.join(in_words(kept or differs))}",
             where=str(checkpoint.folder),
-            help=way + ("begin a run of its own" if kept else "go on with --allow-inexact"),
+            help=way
+            + (
+                "begin a run of its own: --allow-inexact keeps it"
+                if kept
+                else "go on with --allow-inexact"
+            ),
         )
     return differs
 
