@@ -28,8 +28,8 @@ CALLS = frozenset(
 # Where, in which functions, and which trials are tried first.
 PLACES = (
     ("lorakit.storage.disk", "sync make_folder", "a4"),
-    ("lorakit.storage.publish", "publish_folder publish_file remove_folder", "a4 b2 a1"),
-    ("lorakit.storage.publish", "sweep set_aside _prepare _settle _put", "a1 a4 b2"),
+    ("lorakit.storage.publish", "publish_folder publish_file remove_folder", "a4"),
+    ("lorakit.storage.publish", "sweep set_aside _prepare _settle _put", "a4"),
     ("lorakit.storage.lock", "_take", "g1"),
     ("lorakit.storage.manifest", "check_manifest", "d1 d2"),
     ("lorakit.storage.hashing", "check_sha256", "d3 d4"),
