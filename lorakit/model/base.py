@@ -124,6 +124,8 @@ class Base:
             "sizes": self.sizes,
             "fingerprint": self.fingerprint,
         }
+        if self.stored:
+            facts["stored"] = str(self.stored)
         if self.remote_code and self.folder:
             code = sorted(self.folder.glob("*.py"))
             facts["code"] = {path.name: sha256_file(path) for path in code}

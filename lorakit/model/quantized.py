@@ -8,8 +8,9 @@
 bitsandbytes quantises and dequantises. It takes seconds to import, which others need not wait for.
 """
 
+import math
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, cached_property
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -146,6 +147,38 @@ class QuantizedLinear(nn.Module):
             return torch.mul(self.weight, self.scales[:, None], out=out)
         dense: Tensor = _library().dequantize_4bit(self.weight.data, self.scales, out=out)
         return dense
+
+    def dense_rows(self, rows: slice) -> Tensor:
+        """Return a run of Ŵ's rows, in new memory; threads may ask for others at the same time."""
+        start, stop, _ = rows.indices(self.outputs)
+        if self.how.form == "int8":
+            return torch.mul(self.weight[start:stop], self.scales[start:stop, None]).to(self.dtype)
+        size = self.scales.blocksize
+        # A block of values may span rows: what is made dense begins and ends between two blocks.
+        period = size // math.gcd(size, self.inputs)
+        first, last = start - start % period, min(self.outputs, -(-stop // period) * period)
+        values = slice(first * self.inputs, last * self.inputs)
+        packed = self.weight.data.reshape(-1).view(torch.uint8)
+        dense: Tensor = _library().dequantize_4bit(
+            packed[values.start // 2 : values.stop // 2],
+            _library().QuantState(
+                self._scales[values.start // size : -(-values.stop // size)],
+                shape=(last - first, self.inputs),
+                blocksize=size,
+                quant_type=self.how.form,
+                dtype=self.dtype,
+            ),
+        )
+        return dense[start - first : stop - first]
+
+    @cached_property
+    def _scales(self) -> Tensor:
+        """The scales of the blocks in fp32."""
+        scales: Tensor = self.scales.absmax
+        if not self.scales.nested:
+            return scales
+        dense: Tensor = _library().dequantize_blockwise(scales, self.scales.state2)
+        return dense.add_(self.scales.offset)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x Ŵᵀ + bias for x (..., inputs)."""

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lorakit.model.base import Base, load, skeleton
 from lorakit.model.config import attempt
 from lorakit.model.weights import Loaded, Weights
-from lorakit.storage.tensors import ALL_ROWS
+from lorakit.storage.tensors import ALL_ROWS, TensorFile
 from lorakit.threads import Threads
 
 BLOCK = 1 << 19  # values of a linear layer's weight that are in memory at a time
@@ -110,7 +110,7 @@ def streamed(
     """Return a base that reads its weights from open files; it is called, and never saved.
 
     Where transformers converts what the files hold, the model is loaded, in the files' dtype, and
-    widened a matrix at a time.
+    widened a matrix at a time; a weight that no file holds takes the place of the one loaded.
 
     Raises:
         LorakitError: as `load` does.
@@ -119,8 +119,13 @@ def streamed(
     names = stored_names(model, weights)
     if names is None:
         loaded = load(base, device=torch.device("cpu"), dtype=_widest(weights))
-        weights = Weights({base.name: Loaded(loaded.state_dict())})
+        others = {
+            k: source for k, source in weights.sources.items() if not isinstance(source, TensorFile)
+        }
+        weights = Weights({base.name: Loaded(loaded.state_dict()), **others})
         names = stored_names(model, weights) or {}
+    # Its own answer is the device of its parameters.
+    model.__class__ = type(type(model).__name__, (type(model),), {"device": device})
     like = torch.empty(0, device=device, dtype=dtype)
     for module in model.modules():
         own = {

@@ -2,10 +2,10 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import EllipsisType
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -25,6 +25,25 @@ _REFUSED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors|adapter_co
 _POINTER = b"version https://git-lfs"
 _SMALL = 1 << 20
 _SAMPLES = 16
+
+
+class Source(Protocol):
+    """Tensors by name: a file's, or what stands in for them."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return a tensor's dtype."""
+
+    def read(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
+        """Return a tensor, or a run of its rows."""
+
+    def close(self) -> None:
+        """Close the file, if there is one."""
 
 
 class Loaded:
@@ -53,18 +72,18 @@ class Loaded:
         """Do nothing: there is no file."""
 
 
-Source = TensorFile | Loaded
-
-
 class Weights:
     """The tensors of a base over all its files, under the names that the files give them.
 
-    `sources` maps the name of each file to what it holds, in the files' order.
+    `sources` maps the name of each file to what it holds, in the files' order; of two that hold a
+    name the later one counts. What is `hidden` is no tensor of the model.
     """
 
-    def __init__(self, sources: Mapping[str, Source]) -> None:
+    def __init__(self, sources: Mapping[str, Source], hidden: Collection[str] = ()) -> None:
         self.sources = sources
         self.file_of = {name: file for file, source in sources.items() for name in source.names}
+        for name in hidden:
+            del self.file_of[name]
 
     @property
     def names(self) -> tuple[str, ...]:
