@@ -154,7 +154,7 @@ class Notice:
         checkpoint.skipped checkpoint.inexact checkpoint.of-another output.open-to-all
         security.remote-code security.local-code
         data.dropped data.cut data.eos-untrained data.extra-fields data.overlap data.special-tokens
-        adapter.base-unknown adapter.no-passport adapter.passport-changed
+        adapter.base-unknown adapter.no-passport adapter.passport-changed merge.not-measured
         adapter.unknown-setting
         recipe.unusual-value
         target.uneven run.packing-off run.optimizer run.no-offload

@@ -28,6 +28,8 @@ class Base(Protocol):
     def sizes(self) -> Mapping[str, int]: ...
     @property
     def fingerprint(self) -> str: ...
+    @property
+    def stored(self) -> object | None: ...
 
 
 def attach_saved(saved: Saved, model: PreTrainedModel, sites: Sequence[Site]) -> Method:
@@ -73,7 +75,8 @@ def check_base(saved: Saved, base: Base) -> Notice | None:
     """Compare the base with the one that the adapter's passport names.
 
     Returns:
-        A notice when the passport does not say.
+        A notice when the passport does not say, as of the weights that those which were stored in
+        4 or 8 bits were made from.
 
     Raises:
         BadInput: `adapter.wrong-base` when sizes or fingerprints differ.
@@ -86,13 +89,15 @@ def check_base(saved: Saved, base: Base) -> Notice | None:
     fingerprint = known.get("fingerprint")
     if fingerprint == base.fingerprint:
         return None
-    if fingerprint is not None:
+    if fingerprint is not None and not (known.get("stored") and base.stored is None):
         message = (
             f"fingerprint: the adapter was trained on {known.get('name')} ({str(fingerprint)[:12]})"
             f", the base {base.name} is {base.fingerprint[:12]}"
         )
         raise _wrong_base(saved, message, PASSPORT)
     message = f"nothing tells whether {base.name} is the right base"
+    if fingerprint is not None:
+        message += f": the adapter was trained on weights stored as {known['stored']}"
     return Notice("adapter.base-unknown", message, Place(str(saved.folder)))
 
 

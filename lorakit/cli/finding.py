@@ -11,7 +11,7 @@ from lorakit.errors import BadInput, LorakitError
 from lorakit.model.base import Base, find
 from lorakit.model.local import place
 from lorakit.recipe.reader import read
-from lorakit.recipe.sections import Model
+from lorakit.recipe.sections import Model, Recipe
 from lorakit.storage.redact import printable
 
 
@@ -55,15 +55,24 @@ def find_base(screen: Screen, saved: Saved, named: str | None, *, allow_remote_c
     )
 
 
+def recipe_of(saved: Saved) -> Recipe | None:
+    """Return the recipe of the run that an adapter lies in, None where there is no such run.
+
+    Nor where somebody has edited it: the adapter's passport speaks for the adapter as well.
+    """
+    resolved = saved.folder.parent / "resolved.yaml"
+    if not resolved.is_file():
+        return None
+    try:
+        return read(resolved, adapters.settings_for, environ={})
+    except LorakitError:
+        return None
+
+
 def _meant(saved: Saved, passport: Any) -> Iterator[str | None]:
     """Yield the paths and ids that name the base, the surest first."""
-    resolved = saved.folder.parent / "resolved.yaml"
-    if resolved.is_file():
-        try:
-            yield read(resolved, adapters.settings_for, environ={}).model.path
-        except LorakitError:
-            # Somebody has edited the run's recipe; the passport speaks for the adapter as well.
-            yield None
+    recipe = recipe_of(saved)
+    yield recipe.model.path if recipe else None
     yield passport.get("recipe", {}).get("model", {}).get("path")
     yield passport.get("base", {}).get("name")
     yield saved.config.text("base_model_name_or_path")

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lorakit.cli.screen import AllowRemoteCode, Screen, command, usage
+from lorakit.cli.screen import AllowLocalCode, AllowRemoteCode, Screen, command, usage
 
 MOST_SCALE = 1e6
 UNITS = {
@@ -46,29 +46,50 @@ def merge(
     scale: Annotated[
         float, typer.Option("--scale", help="How much of the adapter's change is merged.")
     ] = 1.0,
+    base_weights: Annotated[
+        Literal["original", "dequantised"],
+        typer.Option(
+            "--base-weights",
+            help="Of a base that training held in 4 or 8 bits: those that this was made from, or "
+            "its own, dequantised.",
+        ),
+    ] = "original",
+    measure: Annotated[
+        bool,
+        typer.Option(help="Of such an adapter: the losses before and after, on the eval rows."),
+    ] = True,
+    allow_local_code: AllowLocalCode = False,
     allow_remote_code: AllowRemoteCode = False,
 ) -> None:
     """Merge an adapter into its base, one block of one tensor in memory at a time."""
     from rich.text import Text
 
     from lorakit import adapters
-    from lorakit.cli.finding import find_base
+    from lorakit.cli.comparing import losses_of
+    from lorakit.cli.finding import find_base, recipe_of
     from lorakit.export import merge as merging
     from lorakit.runtime import start
     from lorakit.storage.disk import free_space
 
     if not abs(scale) <= MOST_SCALE:
         raise usage(f"--scale {scale} is out of range", f"up to {MOST_SCALE:,.0f}; 1 is all of it")
-    options = merging.Options(dtype, scale, _bytes(max_shard_size), verify, overwrite)
+    size = _bytes(max_shard_size)
+    options = merging.Options(dtype, scale, size, verify, overwrite, base_weights)
     saved = adapters.read(adapter)
     found = find_base(screen, saved, base, allow_remote_code=allow_remote_code)
     with merging.planned(saved, found, out, options) as plan:
         screen.notice(*plan.notices)
         unsure = any(notice.id == "adapter.base-unknown" for notice in plan.notices)
         screen.say(f"Base      {found.name}{'' if unsure else ' (fingerprint matches)'}")
+        if plan.quantization:
+            screen.say(f"Weights   {base_weights}; the adapter was trained on {plan.quantization}")
         screen.say(f"Needs     {_size(plan.bytes)}, {_size(free_space(out))} free")
+        runtime, losses = start(), None
+        if measure:
+            recipe = recipe_of(saved)
+            losses = losses_of(screen, plan, recipe, runtime, allow_local_code=allow_local_code)
         with screen.progress("Merging", plan.work) as advance:
-            report = merging.merge(plan, start(), advance)
+            report = merging.merge(plan, runtime, advance, losses)
     files = len(report["shards"])
     lines = (
         f"Merged    {out}: {files} {'file' if files == 1 else 'files'}, {report['changed']} of "

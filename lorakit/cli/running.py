@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit import adapters, environment
+from lorakit.cli.comparing import losses_of
 from lorakit.cli.screen import Screen
 from lorakit.errors import Interrupted
 from lorakit.export.card import write_card
@@ -58,7 +59,10 @@ def run(
             plan = planned_run(screen, recipe, permissions, mode, runtime)
             pinned = passports.pinned(plan, runtime)
             with folders.opened(path, mode, runtime, pinned, allow_inexact=allow_inexact) as folder:
-                return carried_out(screen, plan, runtime, folder, Stop(grace), goes_on=goes_on)
+                stop = Stop(grace)
+                return carried_out(
+                    screen, plan, runtime, folder, permissions, stop, goes_on=goes_on
+                )
     except Interrupted as error:
         error.help = f"go on with: {_command_to_resume(runtime)}"
         raise
@@ -94,7 +98,14 @@ def planned_run(
 
 
 def carried_out(
-    screen: Screen, plan: Plan, runtime: Runtime, folder: RunFolder, stop: Stop, *, goes_on: bool
+    screen: Screen,
+    plan: Plan,
+    runtime: Runtime,
+    folder: RunFolder,
+    permissions: Permissions,
+    stop: Stop,
+    *,
+    goes_on: bool,
 ) -> Finished | None:
     """Train and merge in a folder that is open."""
     recipe, plan = plan.recipe, as_begun(plan, folder)
@@ -120,7 +131,8 @@ def carried_out(
     write_card(folder.adapter)
     if recipe.merge.enabled and stop.signal:  # it came in the last step, after which nothing stops
         raise Signalled(stop.signal)
-    merged = merge_run(screen, plan, folder, runtime) if recipe.merge.enabled else None
+    asked = recipe.merge.enabled
+    merged = merge_run(screen, plan, folder, runtime, permissions) if asked else None
     return finished(plan, folder, outcome, merged)
 
 
@@ -131,16 +143,19 @@ def _command_to_resume(runtime: Runtime) -> str:
     return shlex.join(["lorakit", *words, *several, "--resume"])
 
 
-def merge_run(screen: Screen, plan: Plan, folder: RunFolder, runtime: Runtime) -> Path:
+def merge_run(
+    screen: Screen, plan: Plan, folder: RunFolder, runtime: Runtime, permissions: Permissions
+) -> Path:
     """Merge the adapter of a finished run, as its recipe asks."""
     section, saved = plan.recipe.merge, adapters.read(folder.adapter)
     # A merge that stood there before the run was refused then, or may be overwritten.
-    options = Options(dtype=section.dtype, overwrite=True)
-    with (
-        planned(saved, plan.base, Path(section.out), options) as merging,
-        screen.progress("Merging", merging.work) as advance,
-    ):
-        report = merge(merging, runtime, advance)
+    options = Options(dtype=section.dtype, overwrite=True, base_weights=section.base_weights)
+    with planned(saved, plan.base, Path(section.out), options) as merging:
+        losses = losses_of(
+            screen, merging, plan.recipe, runtime, allow_local_code=permissions.local_code
+        )
+        with screen.progress("Merging", merging.work) as advance:
+            report = merge(merging, runtime, advance, losses)
     screen.say(f"Verified  {verdict(report)}")
     return merging.out
 

@@ -67,7 +67,13 @@ class MergedTensors:
         scale: float = 1.0,
     ) -> None:
         self.weights, self.layers, self.scale, self._dtype = weights, layers, scale, dtype
+        self._sites = sites
         self.units = _units(weights, layers, sites)
+
+    def over(self, weights: Weights) -> "MergedTensors":
+        """Return the same merge into other weights of the same model."""
+        dtype, scale = self._dtype, self.scale
+        return MergedTensors(weights, self.layers, self._sites, dtype=dtype, scale=scale)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape, which is the base's."""
@@ -158,7 +164,8 @@ def _units(
                 raise BadInput(
                     "adapter.not-mergeable",
                     f"{name} is stored as {weights.dtype(name)}: the base is quantised",
-                    help="merge into the full-precision base: --base ID_OR_DIR",
+                    help="merge into what it was made from with --base ID_OR_DIR, or into what it "
+                    "holds with --base-weights dequantised",
                 )
         unit = Unit(names, layer, site.kind == "conv1d")
         owner |= dict.fromkeys(names.values(), unit)

@@ -8,6 +8,7 @@ from typing import Any
 from lorakit.adapters import Saved, read
 from lorakit.data.confined import ConfinedTemplate
 from lorakit.errors import BadInput
+from lorakit.model.quantized import Quantization
 from lorakit.storage import strict_json
 from lorakit.storage.publish import publish_file
 from lorakit.storage.redact import without_folders
@@ -161,6 +162,7 @@ def _settings(passport: Mapping[str, Any]) -> list[tuple[str, str]]:
         "trained tokens": passport.get("trained_tokens"),
         "resumed inexactly": passport.get("resumed_inexactly"),
         "dtype": passport.get("dtype"),
+        "base weights": str(how) if (how := Quantization.recorded(passport)) else None,
         "seed": passport.get("seed"),
         **passport.get("versions", {}),
     }

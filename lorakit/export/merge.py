@@ -15,11 +15,14 @@ from lorakit.errors import BadInput, CheckFailed, Notice
 from lorakit.export.blocks import MergedTensors
 from lorakit.export.logits import BOUNDS, GIB, compare_logits, needed_bytes
 from lorakit.export.shards import Shard, planned_shards, write_index, write_shard
+from lorakit.export.target import open_target, trained_on
 from lorakit.export.texts import find_texts, write_texts
 from lorakit.export.verify import check_written
 from lorakit.model.base import Base, skeleton
 from lorakit.model.merged import REPORT, texts_of
+from lorakit.model.quantized import Quantization
 from lorakit.model.sites import find_sites
+from lorakit.recipe.sections import BaseWeights
 from lorakit.runtime import DTYPES, Runtime
 from lorakit.storage import strict_json
 from lorakit.storage.disk import storage_errors, sync
@@ -33,13 +36,17 @@ MAX_SHARD = 5 * 10**9  # bytes
 
 @dataclass(frozen=True)
 class Options:
-    """How to merge: dtype of the result, share of the adapter's change, size of files in bytes."""
+    """How to merge: dtype of the result, share of the adapter's change, size of files in bytes.
+
+    `base_weights` are those to merge into where training held them quantised.
+    """
 
     dtype: Literal["keep", "bf16", "fp16", "fp32"] = "keep"
     scale: float = 1.0
     max_shard: int = MAX_SHARD
     verify: bool = True
     overwrite: bool = False
+    base_weights: BaseWeights = "original"
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,11 @@ class Plan:
     shards: Mapping[str, Shard]
     texts: Mapping[str, Path]
     notices: tuple[Notice, ...]
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How training held the base; None where it was dense, or nothing tells."""
+        return trained_on(self.saved, self.base)
 
     @property
     def bytes(self) -> int:
@@ -78,13 +90,13 @@ def planned(saved: Saved, base: Base, out: Path, options: Options) -> Iterator[P
 
     Raises:
         BadInput: `output.is-input`, `output.not-empty`, `adapter.wrong-base` or
-            `adapter.not-mergeable`.
+            `adapter.not-mergeable`; `usage` when there is nothing to dequantise.
     """
     check_output(out, [saved.folder, base.where], overwrite=options.overwrite)
     notice = check_base(saved, base)
     sites = find_sites(skeleton(base))
     layers = merge_layers(saved, sites)
-    with base.weights() as weights:
+    with open_target(saved, base, options.base_weights) as weights:
         dtype = None if options.dtype == "keep" else DTYPES[options.dtype]
         tensors = MergedTensors(weights, layers, sites, dtype=dtype, scale=options.scale)
         shards = planned_shards(tensors, options.max_shard)
@@ -93,11 +105,15 @@ def planned(saved: Saved, base: Base, out: Path, options: Options) -> Iterator[P
 
 
 def merge(
-    plan: Plan, runtime: Runtime, advance: Callable[[int], None] = lambda _: None
+    plan: Plan,
+    runtime: Runtime,
+    advance: Callable[[int], None] = lambda _: None,
+    losses: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write, check and publish the merged model; returns the content of `merge_report.json`.
 
-    A merge that fails a check leaves nothing behind. `advance` hears of `plan.work` bytes in all.
+    A merge that fails a check leaves nothing behind. `advance` hears of `plan.work` bytes in all;
+    `losses` were measured before, and are for the report.
 
     Raises:
         CheckFailed: `check.merge` when what was written is not base and adapter in one.
@@ -126,6 +142,9 @@ def merge(
             "method": plan.saved.method().name(),
             "adapter_sha256": sha256_file(Path(plan.saved.file)),
             "base": plan.base.facts(),
+            "base_weights": options.base_weights,
+            "trained_on": Quantization.record(how) if (how := plan.quantization) else None,
+            "losses": losses,
             "dtype": _name(plan.dtype),
             "scale": options.scale,
             "shards": [

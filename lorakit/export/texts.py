@@ -61,7 +61,9 @@ def write_texts(texts: Mapping[str, Path], base: Base, folder: Path, dtype: str 
                 load_tokenizer(base).save_pretrained(folder)
         if dtype is not None:
             config = _with_dtype(config, dtype)
-        config.pop("_name_or_path", None)
+        # What was merged is dense, whatever the base was.
+        for key in ("_name_or_path", "quantization_config"):
+            config.pop(key, None)
         (folder / CONFIG).write_text(strict_json.dumps(config), encoding="utf-8")
 
 

@@ -39,6 +39,7 @@ Optimizer = Literal[
     "sgd",
     "adafactor",
 ]
+BaseWeights = Literal["original", "dequantised"]
 Normalization = Literal["strip", "casefold", "punctuation", "number", "json"]
 
 
@@ -310,6 +311,11 @@ class Merge(Section):
     enabled: bool = Field(False, description="write the merged model")
     dtype: Literal["keep", "bf16", "fp16", "fp32"] = Field(
         "keep", description="keep: the base's own"
+    )
+    base_weights: BaseWeights = Field(
+        "original",
+        description="of a base that training holds in 4 or 8 bits: those that this is made from, "
+        "or its own, dequantised; the loss of both is measured where there are eval rows",
     )
     out: str = Field("{output_dir}/merged", min_length=1, description="folder of the merged model")
 

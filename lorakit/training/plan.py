@@ -16,7 +16,6 @@ from lorakit.data.batches import Packing, Steps
 from lorakit.data.cache import prepared
 from lorakit.data.items import Request
 from lorakit.data.prepare import Dataset
-from lorakit.data.source import check_found
 from lorakit.environment import cache_folder
 from lorakit.errors import BadInput, Notice
 from lorakit.model import base as base_models
@@ -28,7 +27,7 @@ from lorakit.model.sites import Site, find_sites, uneven
 from lorakit.recipe.rules import unusual
 from lorakit.recipe.sections import Recipe
 from lorakit.runtime import Runtime, resolve_dtype
-from lorakit.training import optim
+from lorakit.training import checks, optim
 from lorakit.training.fitting import settle
 from lorakit.training.memory import Memory, Setup, Shape, estimate
 from lorakit.training.speed import Card
@@ -143,12 +142,12 @@ def make(
     base_models.check_attention(recipe.model.attention)
     optimizer, replaced = optim.resolve(recipe.train, device)
     tokenizer = base_models.load_tokenizer(base)
-    _check_eval_data(recipe)
+    how = base.stored or Quantization.of(recipe.model)
+    checks.check_after(recipe, base, method, how)
     with runtime.main_first():
         dataset = data or prepare_data(recipe, base, tokenizer, permissions)
     # What is saved beside the adapter is the template that its rows were rendered with.
     tokenizer.chat_template = dataset.chat_template
-    how = base.stored or Quantization.of(recipe.model)
     gpu = card is not None or runtime.lags
     packing, unpacked = _packing(recipe, method, skeleton)
     notices = [*base.notices, *unusual(recipe), *coverage, *dataset.notices, *replaced, *unpacked]
@@ -158,7 +157,7 @@ def make(
     steps = Steps.of(dataset, recipe.train, packing, recipe.seed, runtime, max_length=longest)
     _attach(recipe, method, skeleton, sites)
     longest = max(len(example.ids) for example in dataset.train)
-    _check_context(longest, method, base)
+    checks.check_context(longest, method, base)
     shape = Shape.of(skeleton, _traced(skeleton, recipe, longest, packing, gpu, notices), linears)
     free = card.memory if card else runtime.least_free_bytes()
     setup = Setup(
@@ -197,27 +196,13 @@ def _attach(recipe: Recipe, method: Method, skeleton: PreTrainedModel, sites: li
     adapters.set_training(skeleton, True)
 
 
-def _check_eval_data(recipe: Recipe) -> None:
-    """Check that what `lorakit eval` will read is there, before hours are spent on training."""
-    for source in recipe.eval.data or ():
-        check_found(source, recipe.origin.folder)
-
-
 def choose(recipe: Recipe, skeleton: PreTrainedModel) -> tuple[Method, list[Site], list[Notice]]:
     """Make the method and find its sites, with a notice where layers are covered unevenly.
 
     Raises:
-        BadInput: when a target matches nothing, a rank does not fit, or a merge is asked of a
-            method that has none.
+        BadInput: when a target matches nothing, or a rank does not fit.
     """
     method = adapters.get(recipe.adapter.method)(recipe.adapter)
-    if recipe.merge.enabled and not method.mergeable:
-        raise BadInput(
-            "recipe.conflict",
-            f"merge.enabled: {method.name()} changes no weights, so there is nothing to merge",
-            where=recipe.origin.place("merge", "enabled"),
-            help="set merge.enabled: false; the adapter works beside its base",
-        )
     candidates = find_sites(skeleton)
     try:
         chosen = method.sites(candidates)
@@ -240,23 +225,6 @@ def prepare_data(
         allow_local_code=permissions.local_code,
     )
     return prepared(cache_folder(), request, tokenizer, base.context)
-
-
-def _check_context(longest: int, method: Method, base: Base) -> None:
-    """Check that the longest row fits behind the positions that the adapter takes.
-
-    Raises:
-        BadInput: `model.context-too-short`.
-    """
-    taken = method.positions()
-    if base.context is not None and longest + taken > base.context:
-        raise BadInput(
-            "model.context-too-short",
-            f"the longest row has {longest:,} tokens and {method.name()} takes {taken:,} positions "
-            f"before it; the model has {base.context:,}",
-            help=f"set data.max_length to at most {max(base.context - taken, 0):,}, "
-            f"or make the {method.name()} shorter",
-        )
 
 
 def _traced(

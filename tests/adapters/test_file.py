@@ -551,7 +551,7 @@ class Base:
     name = "other"
 
     def __init__(self, fingerprint, **sizes):
-        self.fingerprint, self.sizes = fingerprint, sizes
+        self.fingerprint, self.sizes, self.stored = fingerprint, sizes, None
 
 
 def test_a_fingerprint_tells_bases_apart(folder):

@@ -93,7 +93,11 @@ RECIPES = st.builds(
         adapter=ADAPTER,
         train=TRAIN,
         eval=EVAL,
-        merge=some(enabled=st.booleans(), dtype=st.sampled_from(["keep", "fp16"])),
+        merge=some(
+            enabled=st.booleans(),
+            dtype=st.sampled_from(["keep", "fp16"]),
+            base_weights=st.sampled_from(["original", "dequantised"]),
+        ),
         output_dir=st.builds(
             lambda folder, end: f"{folder}/{end}",
             st.text("ab/ é$'\"", min_size=1, max_size=9),
