@@ -1,4 +1,7 @@
-"""The main job on the real model, as a user runs it: train, merge, eval, generate, resume."""
+"""The main job on the real model, as a user runs it: train, merge, eval, generate, resume.
+
+And the same with its weights held in 4 bits.
+"""
 
 import json
 import os
@@ -108,3 +111,32 @@ def test_a_finished_run_is_neither_overwritten_nor_trained_twice(
     resumed = json.loads(lorakit(folder, *again, "--resume"))
     assert resumed["steps"] == STEPS
     assert (folder / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
+# The 4-bit base, and few rows to measure on.
+NF4 = ["-s", "model.quantization=nf4"]
+NF4 += ["-s", "eval={data: {path: data/support/test.jsonl, max_samples: 6}, metrics: [loss]}"]
+
+
+def test_the_main_job_on_a_4_bit_base(tmp_path: Path, smollm2: Path) -> None:
+    lorakit(tmp_path, "train", "quickstart", *NF4, "--max-steps", "3", "--out", "r")
+    metrics = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(row) for row in metrics]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < 0.8 * losses[0]
+    passport = json.loads((tmp_path / "r" / "adapter" / "lorakit.json").read_text())
+    assert (passport["quantization"], passport["double_quant"]) == ("nf4", True)
+
+    report = json.loads((tmp_path / "r" / "merged" / "merge_report.json").read_text())
+    assert report["verify"]["ok"]
+    assert report["base_weights"] == "original"
+    measured = report["losses"]
+    assert measured["rows"] == 6
+    # Merged into the dequantised weights it is the model that was trained, but for rounding.
+    assert measured["dequantised"] == pytest.approx(measured["trained"], rel=0.02)
+
+    on_4_bits = ["eval", "quickstart", "--adapter", "r/adapter", *NF4, "--no-gates", "--json"]
+    loss = json.loads(lorakit(tmp_path, *on_4_bits))["metrics"]["loss"]
+    assert loss["adapter"] == pytest.approx(measured["trained"], rel=1e-3)
+    assert loss["adapter"] < 0.9 * loss["base"]
+    assert measured["trained"] != measured["original"] < 0.9 * loss["base"]
