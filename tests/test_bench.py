@@ -123,3 +123,20 @@ def test_the_configurations_are_what_they_say(monkeypatch: pytest.MonkeyPatch) -
     lengths = configs.INSTRUCTIONS
     assert sum(lengths[7:9]) / 2 == pytest.approx(90, rel=0.02)
     assert max(lengths) <= 512
+
+
+def test_runs_on_4_bits_agree_to_the_bit_or_within_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantised = script("quantised", monkeypatch)
+    names = {arm.name for arm in quantised.ARMS}
+    assert {arm.like for arm in quantised.ARMS if arm.like} < names
+    whole = {"name": "whole", "losses": [2.0, 1.0], "adapter_sha256": "a"}
+    near = {"losses": [2.0, 1.0005], "adapter_sha256": "b"}
+    assert quantised.agreement(whole, whole, 0.0)["equal"]
+    assert not quantised.agreement(near, whole, 0.0)["equal"]
+    assert quantised.agreement(near, whole, 1e-3)["equal"]
+    assert not quantised.agreement(near, whole, 1e-4)["equal"]
+    row = {"name": "near", "tokens_per_second": 12, "peak": 3 << 29, **near}
+    lost = {"name": "lost", "error": "Traceback\nwhat | went wrong"}
+    shown = quantised.table({"arms": [row, lost], "merge": {"original": {}}}).splitlines()
+    assert shown[2].startswith("| near | 12 | 1.50 | 1.0005 |")
+    assert shown[3].endswith("| what / went wrong |")

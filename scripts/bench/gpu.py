@@ -1,6 +1,6 @@
 """Measure and check lorakit on one CUDA machine without a network: a section is one call.
 
-    bash scripts/gpu_check.sh tests g1 g3 g5 memory peers
+    bash scripts/gpu_check.sh tests g1 g3 g5 quantised memory peers
 
 Bases are built from their shapes with random weights, on the device, and kept on the local disk.
 Each section writes one JSON file and prints a table. BENCH_TINY=1 takes models and rows of a few
@@ -22,6 +22,7 @@ from typing import Any, get_args
 import configs
 import machine
 import memory_grid
+import quantised
 import report
 from bench import ROOT, Bench, commit, say
 
@@ -91,9 +92,9 @@ def no_nf4() -> str | None:
 
     field = Model.model_fields.get("quantization")
     if field is None or "nf4" not in get_args(field.annotation):
-        return "G5 is not available yet: model.quantization knows no nf4 in this version of lorakit"
+        return "not available yet: model.quantization knows no nf4 in this version of lorakit"
     if importlib.util.find_spec("bitsandbytes") is None:
-        return "G5 did not run: bitsandbytes is not installed on this machine"
+        return "did not run: bitsandbytes is not installed on this machine"
     return None
 
 
@@ -134,6 +135,20 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
         tiny=TINY,
     )
     return memory_grid.results(options.device, rows)
+
+
+def quantise(options: argparse.Namespace) -> dict[str, Any]:
+    """Train on NF4 through the command line, with pairs of runs that must end alike, and merge."""
+    if reason := no_nf4():
+        return {"error": reason, "arms": []}
+    bench = bench_of(options, "1b")
+    prepare(bench, "1b", [])
+    found = {**heading(bench), "quantised": True}
+    found |= quantised.measured(
+        bench.model, options.work / "quantised", lambda: bench.left, tiny=TINY
+    )
+    wrong = [arm["name"] for arm in found["arms"] if "error" in arm or arm.get("equal") is False]
+    return {**found, "not_equal": wrong + (["merge"] if "error" in found["merge"] else [])}
 
 
 def peers(options: argparse.Namespace) -> dict[str, Any]:
@@ -178,6 +193,7 @@ SECTIONS = {
     "g1": lambda options: speed(options, "G1"),
     "g3": lambda options: speed(options, "G3"),
     "g5": lambda options: speed(options, "G5"),
+    "quantised": quantise,
     "memory": memory,
     "peers": peers,
 }

@@ -114,9 +114,9 @@ def write_model(folder: Path, shape: dict[str, Any], *, shard: str = "5GB") -> N
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Write a tokenizer of bytes; the rows are made of ids and never pass through it."""
+    """Write a tokenizer that makes a token of each byte."""
     words = ["<|start|>", "<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    made = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, "<|end|>"))
+    made = Tokenizer(models.BPE({word: n for n, word in enumerate(words)}, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=made, bos_token="<|start|>", eos_token="<|end|>", pad_token="<|end|>"

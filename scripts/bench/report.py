@@ -6,6 +6,7 @@ from typing import Any
 import compare
 import configs
 import memory_grid
+import quantised
 
 GIB, MIB = 1 << 30, 1 << 20
 ARM_COLUMNS = [
@@ -49,6 +50,9 @@ def gpu(found: dict[str, Any]) -> str:
     if "machine" not in found:
         return found.get("error", "")
     machine = found["machine"]
+    if "quantised" in found:
+        about = f"{found['date']}, commit {found['commit']}, {machine['gpu'] or machine['cpu']}"
+        return f"{about}\n\n{quantised.table(found)}\n"
     parts = [
         f"{found['date']}, commit {found['commit']}, {machine['gpu'] or machine['cpu']}"
         f"{' (a tiny try)' if found['tiny'] else ''}, {found['minutes']} minutes",

@@ -125,7 +125,7 @@ def scramble(model: PreTrainedModel, method: Method, seed: int = 1, size: float 
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in adapters.trainable(model).values():
-            tensor.add_(torch.randn(tensor.shape, generator=draw) * size)
+            tensor.add_(torch.randn(tensor.shape, generator=draw).to(tensor.device) * size)
     method.refresh(model)
 
 
