@@ -77,7 +77,8 @@ class Runtime:
         """Return the most memory in use so far: of the GPU's allocator, or resident on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        # The kernel brings its highest mark up to date now and then only.
+        return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, resident_bytes())
 
     def used_bytes(self) -> int:
         """Return the memory in use now: of the GPU's allocator, or resident on a CPU."""

@@ -227,9 +227,12 @@ def load_state_tensors(
 
 
 def _fits(state: Mapping[str, Tensor], parameter: nn.Parameter) -> bool:
-    """Tell whether moments can be those of a parameter; Adafactor's have a dimension less."""
+    """Tell whether moments can be those of a parameter; Adafactor's are 1 wide in a dimension."""
     return all(
-        value.shape == parameter.shape for value in state.values() if value.ndim == parameter.ndim
+        size in (1, whole)
+        for value in state.values()
+        if value.ndim == parameter.ndim
+        for size, whole in zip(value.shape, parameter.shape, strict=True)
     )
 
 

@@ -141,22 +141,25 @@ def test_a_disk_too_small_for_another_is_said_before_anything_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
 
 
+@pytest.mark.parametrize(
+    ("what", "id"), [("a value", "checkpoint.damaged"), ("a name", "storage.io")]
+)
 def test_a_disk_that_keeps_other_bytes_is_found_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    what: str, id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = os.pwrite
 
     def pwrite(descriptor: int, data: bytes, offset: int) -> int:
         wrong = bytearray(data)
-        # A bit of a value, and of a name in the header.
-        wrong[-1 if offset else bytes(wrong).index(b"exp_avg")] ^= 1
-        is_tensors = os.readlink(f"/proc/self/fd/{descriptor}").endswith(".safetensors")
+        if (what == "a name") == (offset == 0):  # the header comes first in the file
+            wrong[-1 if offset else bytes(wrong).index(b"exp_avg")] ^= 1
+        is_tensors = os.readlink(f"/proc/self/fd/{descriptor}").endswith("optimizer.safetensors")
         return real(descriptor, bytes(wrong) if is_tensors else data, offset)
 
     monkeypatch.setattr(os, "pwrite", pwrite)
     with pytest.raises(RunFailed) as caught:
         write(tmp_path, 1)
-    assert caught.value.id == "checkpoint.damaged"
+    assert caught.value.id == id
     assert not list(tmp_path.iterdir())
 
 
