@@ -93,7 +93,7 @@ def tunables() -> dict[str, str]:
         affected = library == "glibc" and tuple(map(int, version.split("."))) < (2, 39)
     except (AttributeError, OSError, ValueError):  # another C library
         return {}
-    if not affected or TUNABLES in environment.all_variables():
+    if not affected or environment.variable(TUNABLES):
         return {}
     return {TUNABLES: "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"}
 

@@ -19,7 +19,7 @@ from lorakit.training.memory import state_bytes
 from tests.adapters.adapted import dense, ids, put_on, scramble
 from tests.model.finding import find
 from tests.model.test_quantized import FORMS
-from tests.tiny import FAMILIES, tiny_config, tiny_model, tiny_tokenizer
+from tests.tiny import FAMILIES, tiny_config, tiny_model, write_wide_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -80,12 +80,7 @@ def test_gradients_are_those_of_the_dequantised_base(family: str, how: Quantizat
 
 
 def test_loading_holds_no_more_than_one_shard_besides_what_it_keeps(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 10}
-    model = AutoModelForCausalLM.from_config(tiny_config("llama", **sizes))
-    stored = sum(parameter.nbytes for parameter in model.parameters())
-    model.save_pretrained(tmp_path / "model", max_shard_size=stored // 8)
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    del model
+    stored = write_wide_model(tmp_path / "model")
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     options = {"device": CUDA, "dtype": torch.float32, "quantization": FORMS[0]}

@@ -123,6 +123,16 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
+def write_wide_model(folder: Path) -> int:
+    """Write a model that is mostly linear layers, in some nine files; return its bytes."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 10}
+    model = AutoModelForCausalLM.from_config(tiny_config("llama", **sizes))
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    model.save_pretrained(folder, max_shard_size=size // 8)
+    tiny_tokenizer().save_pretrained(folder)
+    return size
+
+
 def write_tiny_model(
     folder: Path, family: str = "llama", *, seed: int = 0, tied: bool = False, shards: int = 1
 ) -> Path:

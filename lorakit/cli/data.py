@@ -56,10 +56,8 @@ def data_preview(
 
     loaded, tokenizer, context = _opened(screen, recipe, changes, allow_remote_code)
     section, folder = loaded.data, loaded.origin.folder
-    request = Request(
-        section,
-        folder,
-        loaded.seed,
+    request = Request.of(
+        loaded,
         offline=screen.offline,
         allow_local_code=allow_local_code,
         eval_sources=loaded.eval.data if split == "eval" else None,
@@ -157,10 +155,8 @@ def _prepared(
     from lorakit.environment import cache_folder
 
     loaded, tokenizer, context = _opened(screen, recipe, changes, allow_remote_code)
-    request = Request(
-        loaded.data,
-        loaded.origin.folder,
-        loaded.seed,
+    request = Request.of(
+        loaded,
         offline=screen.offline,
         allow_local_code=allow_local_code,
         eval_sources=loaded.eval.data,

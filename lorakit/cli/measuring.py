@@ -113,10 +113,8 @@ def task_of(
             where=recipe.origin.place("eval"),
             help="set eval.data, or data.eval: 0.05",
         )
-    request = Request(
-        recipe.data,
-        recipe.origin.folder,
-        recipe.seed,
+    request = Request.of(
+        recipe,
         offline=screen.offline,
         allow_local_code=allow_local_code,
         eval_sources=recipe.eval.data,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from lorakit.data import formats, user_code
 from lorakit.data.formats import Conversation, Format
 from lorakit.data.source import Loaded, load
 from lorakit.errors import BadInput, Notice, Place
-from lorakit.recipe.sections import Data, Source
+from lorakit.recipe.sections import Data, Recipe, Source
 from lorakit.storage.redact import printable
 
 FIRST_ROWS = 100  # whose columns decide the format
@@ -38,6 +38,11 @@ class Request:
     allow_local_code: bool = False
     eval_sources: tuple[Source, ...] | None = None
     only: Literal["train", "eval"] | None = None
+
+    @classmethod
+    def of(cls, recipe: Recipe, **more: Any) -> Self:
+        """Return the request for a recipe's rows; `more` are the fields that no recipe holds."""
+        return cls(recipe.data, recipe.origin.folder, recipe.seed, **more)
 
     @property
     def share(self) -> float | None:

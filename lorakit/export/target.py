@@ -33,15 +33,12 @@ def open_target(saved: Saved, base: Base, which: BaseWeights) -> Weights:
     passport = saved.passport or {}
     how = trained_on(saved, base)
     if how is None:
-        dense = passport.get("quantization") == "none"
+        why = "nothing tells how training held the base"
+        if passport.get("quantization") == "none":
+            why = "the adapter was trained on dense weights"
         raise BadInput(
             "usage",
-            "--base-weights dequantised: "
-            + (
-                "the adapter was trained on dense weights"
-                if dense
-                else "nothing tells how training held the base"
-            ),
+            f"--base-weights dequantised: {why}",
             where=str(saved.folder),
             help="without it the adapter is merged into the base as it is",
         )

@@ -44,12 +44,8 @@ class Stored(dict[str, Any]):
     ) -> None:
         super().__init__(parameters)
         self.threads = threads
-        self._stored, self._names, self._weights, self._like = (
-            dict(parameters),
-            names,
-            weights,
-            like,
-        )
+        self._stored, self._names = dict(parameters), names
+        self._weights, self._like = weights, like
         self._given: weakref.WeakValueDictionary[str, nn.Parameter] = weakref.WeakValueDictionary()
 
     def __getitem__(self, part: str) -> Any:

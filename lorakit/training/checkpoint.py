@@ -201,17 +201,14 @@ def check_unchanged(
     }
     kept = {name: pair for name, pair in differs.items() if _HELD.match(name)}
     if kept or (differs and not allow_inexact):
-        way = "put it back as it was, or "
+        way = "go on with --allow-inexact"
+        if kept:  # the checkpoint's own tensors
+            way = "begin a run of its own, for --allow-inexact cannot change what is saved"
         raise BadInput(
             "checkpoint.changed",
             f"the run would not go on as it began: {'; '.join(in_words(kept or differs))}",
             where=str(checkpoint.folder),
-            help=way
-            + (
-                "begin a run of its own: --allow-inexact keeps it"
-                if kept
-                else "go on with --allow-inexact"
-            ),
+            help=f"put it back as it was, or {way}",
         )
     return differs
 

@@ -217,12 +217,8 @@ def prepare_data(
     recipe: Recipe, base: Base, tokenizer: PreTrainedTokenizerBase, permissions: Permissions
 ) -> Dataset:
     """Read, render and count the rows of a recipe."""
-    request = Request(
-        recipe.data,
-        recipe.origin.folder,
-        recipe.seed,
-        offline=permissions.offline,
-        allow_local_code=permissions.local_code,
+    request = Request.of(
+        recipe, offline=permissions.offline, allow_local_code=permissions.local_code
     )
     return prepared(cache_folder(), request, tokenizer, base.context)
 

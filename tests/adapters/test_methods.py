@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from lorakit import adapters
 from lorakit.adapters._layer import Copy
 from lorakit.errors import BadInput
+from lorakit.evaluation import generation
 from lorakit.evaluation.generation import Decoding, generate
 from lorakit.model.loss import token_loss
 from lorakit.model.sites import find_sites
@@ -380,13 +381,15 @@ def test_documents_of_one_row_never_share_a_prefix():
         token_loss(model, batch(ids(1, 11), lengths=(5, 6)))
 
 
+@pytest.mark.parametrize("begin", [[], [11, 12, 13, 14, 15]])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_prefix_stands_once_before_generated_text(family):
-    """With a cache and left padding, as without a cache and alone."""
+def test_a_prefix_stands_once_before_generated_text(family, begin, monkeypatch):
+    """With a cache, left padding and a beginning that prompts share, as without and alone."""
+    monkeypatch.setattr(generation, "SHARED_TOKENS", 4)
     model, method, _ = put_on(document_model(family), "prefix")
     scramble(model, method, size=0.2)
     adapters.set_training(model, False)
-    prompts = [ids(1, length, seed=length)[0].tolist() for length in (4, 9, 6)]
+    prompts = [begin + ids(1, length, seed=length)[0].tolist() for length in (4, 9, 6)]
     stops = frozenset[int]()
     answers = generate(model, tiny_tokenizer(), prompts, Decoding(max_new_tokens=6), stops=stops)
     for prompt, answer in zip(prompts, answers, strict=True):

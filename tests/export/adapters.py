@@ -1,4 +1,4 @@
-"""Adapters with random values on tiny bases, made and saved as a run does it."""
+"""Adapters with random values on tiny bases, made, saved and merged as a run does it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,10 +9,13 @@ import torch
 from lorakit import adapters
 from lorakit.adapters import Saved
 from lorakit.environment import cache_folder
+from lorakit.export.merge import Options, merge, planned
 from lorakit.model import base as bases
 from lorakit.model.base import Base
 from lorakit.model.sites import find_sites
+from lorakit.model.weights import open_folder
 from lorakit.recipe.sections import Model
+from lorakit.runtime import Runtime
 from tests.tiny import tiny_tokenizer
 
 CPU = torch.device("cpu")
@@ -54,3 +57,19 @@ def save_adapter(
     made = {"base": base.facts(), "steps": 0, **(passport or {})}
     adapters.save(folder, attached, model, sites, made, tiny_tokenizer())
     return adapters.read(folder)
+
+
+def settings(method: str, family: str) -> dict[str, Any]:
+    return {} if method == "ia3" else {"target_modules": TARGETS[family], "rank": 4}
+
+
+def run(saved: Saved, base: Base, out: Path, **options: Any) -> dict[str, Any]:
+    """Merge; returns the report."""
+    with planned(saved, base, out, Options(**options)) as plan:
+        return merge(plan, Runtime(CPU))
+
+
+def read_all(folder: Path) -> dict[str, torch.Tensor]:
+    """Return every tensor of a model folder."""
+    with open_folder(folder) as weights:
+        return {name: weights.read(name) for name in weights.names}

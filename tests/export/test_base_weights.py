@@ -20,11 +20,18 @@ from lorakit.model import base as bases
 from lorakit.model.base import Base
 from lorakit.model.quantized import Quantization, QuantizedLinear
 from lorakit.model.sites import find_sites
-from lorakit.model.weights import Weights, open_folder
+from lorakit.model.weights import Weights
 from lorakit.runtime import Runtime
 from lorakit.scoring import score
 from lorakit.storage.tensors import TensorFile
-from tests.export.adapters import CPU, TARGETS, find_base, save_adapter
+from tests.export.adapters import (
+    CPU,
+    find_base,
+    read_all,
+    run,
+    save_adapter,
+    settings,
+)
 from tests.model.test_quantized import by_transformers
 from tests.tiny import tiny_tokenizer, write_tiny_model
 
@@ -41,19 +48,12 @@ def make(
 ) -> tuple[Base, Saved]:
     """Return a base and an adapter of it that says that it was trained on a quantised one."""
     base = find_base(write_tiny_model(folder / "base", family, shards=more.pop("shards", 1)))
-    settings = {} if method == "ia3" else {"target_modules": TARGETS[family], "rank": 4}
-    told = passport(how, more.pop("dtype", "float32"))
-    return base, save_adapter(base, folder / "adapter", method, passport=told, **settings, **more)
-
-
-def run(saved: Saved, base: Base, out: Path, **options: Any) -> dict[str, Any]:
-    with planned(saved, base, out, Options(**options)) as plan:
-        return merge(plan, Runtime(CPU))
-
-
-def read_all(folder: Path) -> dict[str, torch.Tensor]:
-    with open_folder(folder) as weights:
-        return {name: weights.read(name) for name in weights.names}
+    more = {
+        "passport": passport(how, more.pop("dtype", "float32")),
+        **settings(method, family),
+        **more,
+    }
+    return base, save_adapter(base, folder / "adapter", method, **more)
 
 
 def dense_weights(base: Base, how: Quantization, dtype: torch.dtype = F32) -> dict[str, Any]:

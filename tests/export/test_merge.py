@@ -17,17 +17,20 @@ from lorakit.export.merge import Options, merge, planned
 from lorakit.model import base as bases
 from lorakit.model.base import Base
 from lorakit.model.sites import find_sites
-from lorakit.model.weights import Weights, open_folder
+from lorakit.model.weights import Weights
 from lorakit.runtime import Runtime
 from lorakit.storage.tensors import TensorFile, write_tensors
-from tests.export.adapters import CPU, TARGETS, find_base, save_adapter
+from tests.export.adapters import (
+    CPU,
+    find_base,
+    read_all,
+    run,
+    save_adapter,
+    settings,
+)
 from tests.tiny import write_tiny_model
 
 METHODS = ("lora", "rslora", "dora", "ia3")
-
-
-def settings(method: str, family: str) -> dict[str, Any]:
-    return {} if method == "ia3" else {"target_modules": TARGETS[family], "rank": 4}
 
 
 def make(
@@ -35,16 +38,6 @@ def make(
 ) -> tuple[Base, Saved]:
     base = find_base(write_tiny_model(folder / "base", family, **options))
     return base, save_adapter(base, folder / "adapter", method, **settings(method, family))
-
-
-def run(saved: Saved, base: Base, out: Path, **options: Any) -> dict[str, Any]:
-    with planned(saved, base, out, Options(**options)) as plan:
-        return merge(plan, Runtime(CPU))
-
-
-def read_all(folder: Path) -> dict[str, torch.Tensor]:
-    with open_folder(folder) as weights:
-        return {name: weights.read(name) for name in weights.names}
 
 
 def logits(model: Any) -> torch.Tensor:

@@ -91,7 +91,7 @@ def entry_of(subject: Subject) -> Path:
 def tokens(subject: Subject, place: Path) -> list[tuple[list[int], list[int]]]:
     """Return the ids and labels of the training rows, with a cache at `place`."""
     recipe = subject.plan.recipe
-    request = Request(recipe.data, recipe.origin.folder, recipe.seed)
+    request = Request.of(recipe)
     plan = subject.plan
     dataset = prepared(place, request, plan.tokenizer, plan.base.context)
     return [(example.ids.tolist(), example.labels.tolist()) for example in dataset.train]

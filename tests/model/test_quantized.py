@@ -18,7 +18,14 @@ from lorakit.model.quantized import Quantization, QuantizedLinear, Scratch
 from lorakit.model.quantizer import quantizable
 from lorakit.model.sites import find_sites
 from tests.model.finding import edit, find, load
-from tests.tiny import FAMILIES, tiny_config, tiny_model, tiny_tokenizer, write_tiny_model
+from tests.tiny import (
+    FAMILIES,
+    tiny_config,
+    tiny_model,
+    tiny_tokenizer,
+    write_tiny_model,
+    write_wide_model,
+)
 
 torch.set_num_threads(1)
 
@@ -264,12 +271,7 @@ def tensor_bytes() -> int:
 def test_loading_never_holds_more_than_one_shard_besides_what_it_keeps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 10}
-    model = AutoModelForCausalLM.from_config(tiny_config("llama", **sizes))
-    stored = sum(parameter.nbytes for parameter in model.parameters())
-    model.save_pretrained(tmp_path / "model", max_shard_size=stored // 8)
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    del model
+    stored = write_wide_model(tmp_path / "model")
     files = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
     shard = max((tmp_path / "model" / file).stat().st_size for file in files["weight_map"].values())
     found = find(tmp_path / "model")
