@@ -97,8 +97,8 @@ class _Worker:
             answer = self._read()
         if not answer.endswith(b"\n"):
             self.close()
-            message = f"it takes more than {SECONDS} seconds, or more than {MEMORY >> 20} MiB"
-            raise BadInput("template.limit", f"the chat template goes beyond a limit: {message}")
+            said = f"it takes more than {SECONDS} seconds, or more than {MEMORY >> 20} MiB of memory"
+            raise BadInput("template.limit", f"the chat template goes beyond a limit: {said}")
         found = json.loads(answer)
         if "id" in found:
             raise BadInput(found["id"], found["message"])
