@@ -10,6 +10,7 @@ bitsandbytes quantises and dequantises. It takes seconds to import, which others
 
 import math
 from collections.abc import Mapping
+from copy import copy
 from functools import cache, cached_property
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple, get_args
@@ -145,8 +146,7 @@ class QuantizedLinear(nn.Module):
         )
         if self.how.form == "int8":
             return torch.mul(self.weight, self.scales[:, None], out=out)
-        dense: Tensor = _library().dequantize_4bit(self.weight.data, self.scales, out=out)
-        return dense
+        return _dequantised(self.weight.data, self.scales, out)
 
     def dense_rows(self, rows: slice) -> Tensor:
         """Return a run of Ŵ's rows, in new memory; threads may ask for others at the same time."""
@@ -159,7 +159,7 @@ class QuantizedLinear(nn.Module):
         first, last = start - start % period, min(self.outputs, -(-stop // period) * period)
         values = slice(first * self.inputs, last * self.inputs)
         packed = self.weight.data.reshape(-1).view(torch.uint8)
-        dense: Tensor = _library().dequantize_4bit(
+        dense = _dequantised(
             packed[values.start // 2 : values.stop // 2],
             _library().QuantState(
                 self._scales[values.start // size : -(-values.stop // size)],
@@ -208,6 +208,20 @@ class _Product(torch.autograd.Function):
         need_x, need_bias, _ = ctx.needs_input_grad
         grad_x = grad @ ctx.module.dense() if need_x else None
         return grad_x, grad.flatten(0, -2).sum(0) if need_bias else None, None
+
+
+def _dequantised(packed: Tensor, scales: Any, out: Tensor | None = None) -> Tensor:
+    """Return the values of 4-bit codes in the shape that `scales` has for them.
+
+    On CPUs with AVX-512 bitsandbytes 0.50 begins a new block with each row, if rows are a multiple
+    of 16 long: where blocks span rows it must believe that there is but one.
+    """
+    shape = scales.shape
+    if packed.device.type == "cpu" and shape[-1] % scales.blocksize:
+        scales = copy(scales)
+        scales.shape = (1, math.prod(shape))
+    dense: Tensor = _library().dequantize_4bit(packed, scales, out=out)
+    return dense.view(shape)
 
 
 def check_asked(section: sections.Model, stored: Quantization | None) -> None:

@@ -126,6 +126,21 @@ def test_outputs_and_gradients_are_those_of_the_dense_weight(
     assert torch.equal(grad, expected_grad)
 
 
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("shape", [(37, 48), (64, 96), (5, 544), (40, 64), (3, 10)], ids=str)
+def test_values_are_the_codes_times_the_scales_of_their_blocks(
+    shape: tuple[int, int], double: bool
+) -> None:
+    """Looked up one by one, however blocks of 64 values lie across the rows."""
+    module = QuantizedLinear(shape, torch.float32, Quantization("nf4", double), Scratch())
+    module.take(torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+    packed = module.weight.flatten()
+    codes = torch.stack([packed >> 4, packed & 15], dim=1).flatten()[: shape[0] * shape[1]]
+    values = module.scales.code[codes.long()]
+    scales = module._scales.repeat_interleave(64)[: len(values)]
+    assert torch.equal(module.dense(), (values * scales).view(shape))
+
+
 @pytest.mark.parametrize("form", ["nf4", "int8"])
 def test_a_product_without_bias_keeps_nothing_dense(form: str) -> None:
     module = QuantizedLinear((6, 8), torch.float32, Quantization(form), Scratch())
