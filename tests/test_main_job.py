@@ -113,8 +113,8 @@ def test_a_finished_run_is_neither_overwritten_nor_trained_twice(
     assert (folder / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == before
 
 
-# The 4-bit base, and few rows to measure on.
-NF4 = ["-s", "model.quantization=nf4"]
+# The 4-bit base, of one dtype on any CPU, and few rows to measure on.
+NF4 = ["-s", "model.quantization=nf4", "-s", "model.dtype=fp32"]
 NF4 += ["-s", "eval={data: {path: data/support/test.jsonl, max_samples: 6}, metrics: [loss]}"]
 
 

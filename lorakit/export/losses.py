@@ -109,10 +109,11 @@ def measure(
         RunFailed: `model.not-finite` when a merged number overflows.
     """
     saved, base, device = plan.saved, plan.base, runtime.device
+    trained_in = "fp32" if (saved.passport or {}).get("dtype") == "float32" else "auto"
     budget = LOGITS_BYTES // (4 * base.config.get_text_config().vocab_size)
 
     def loss(weights: Weights, layers: Mapping[str, Layer]) -> float:
-        compute: Any = {"dtype": resolve_dtype("auto", device), "threads": threads}
+        compute: Any = {"dtype": resolve_dtype(trained_in, device), "threads": threads}
         model = streamed(base, weights, device=device, **compute)
         attach_layers(saved.method(), model, layers)
         nll = tokens = 0.0

@@ -15,7 +15,7 @@ from tests.model.test_quantized import by_transformers
 from tests.tiny import tiny_tokenizer, write_tiny_model
 
 RECIPE: dict[str, Any] = {
-    "model": {"path": "tiny", "quantization": "nf4"},
+    "model": {"path": "tiny", "quantization": "nf4", "dtype": "fp32"},
     "adapter": {"rank": 4},
     "data": {"train": "rows.jsonl", "eval": 0.25, "max_length": 64},
     "train": {"max_steps": 2, "batch_size": 4, "learning_rate": 0.02},
@@ -65,7 +65,10 @@ def test_a_run_on_4_bits_measures_both_merges_and_says_which_it_made(folder: Pat
     assert f"{losses['trained']:.4f} as trained" in again.stderr
     other = report(folder / "m")
     assert (other["base_weights"], other["losses"]) == ("dequantised", losses)
-    recipe = {"output_dir": "runs/r", "model": {"path": "m", "quantization": "none"}}
+    recipe = {
+        "output_dir": "runs/r",
+        "model": {"path": "m", "quantization": "none", "dtype": "fp32"},
+    }
     changes = [f"{key}={json.dumps(value)}" for key, value in recipe.items()]
     alone = run("eval", "r.yaml", "--base-only", "--json", *(x for c in changes for x in ("-s", c)))
     value = json.loads(alone.stdout)["metrics"]["loss"]["base"]

@@ -95,7 +95,8 @@ def test_an_attention_that_is_not_installed_is_told_before_anything_is_written(
 def test_a_4_bit_base_is_planned_and_needs_bitsandbytes(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes = ["-s", "model.quantization=nf4", "-s", f"output_dir={tmp_path / 'run'}"]
+    changes = ["-s", "model.quantization=nf4", "-s", "model.dtype=fp32"]
+    changes += ["-s", f"output_dir={tmp_path / 'run'}"]
     ended = runner.invoke(app, ["plan", recipe, *changes])
     assert ended.exit_code == 0, ended.stderr
     assert "float32  nf4, double" in ended.stdout
