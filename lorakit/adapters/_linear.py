@@ -4,6 +4,10 @@ With G = dL/dy and Q = s · G B, which is only r wide: dB = s · Gᵀ (x Aᵀ), 
 dx = G W + Q A. Base product and update are one autograd node: the update is added into the base
 product in place, forward and backward, and only x (the caller's tensor, no copy) and x Aᵀ are kept.
 
+In half precision the update is computed first and the base product added to it, in the fp32 sums of
+that product, so that y is rounded once. The other way round an update of less than half a unit in
+the last place of the base product, as all are at first, would round back to nothing.
+
 Products that read the same x are one node as well: their A's are one matrix, and the gradient of x
 is summed in place. x itself may be made of what is kept (`model/elementwise.py`), so that a norm or
 a gate before the products costs no memory. A base of any other kind is called as a module.
@@ -23,6 +27,7 @@ from lorakit.model.elementwise import Itself, Source
 from lorakit.model.frozen import dense_weight, is_frozen_linear
 
 ITSELF = Itself()
+HALVES = {torch.bfloat16, torch.float16}
 # Devices on which a dropout mask is kept for the backward pass instead of being drawn again.
 MASKS_KEPT = {"cpu", "meta"}
 
@@ -118,10 +123,14 @@ class _Products(torch.autograd.Function):
         narrow = _narrow(x, call.updates, masks)
         outs, each = [], iter(narrow)
         for base, update in call.of:
-            y = _flat(added) if base is None else _linear(x, base, added)
-            if update:
+            if update is None:
+                y = _linear(x, base, added)
+            elif base is not None and x.dtype in HALVES:
+                y = _linear_onto(next(each), _scaled(update, call, x.dtype), x, base, added)
+            else:
                 # What the caller computed is left as it is, what we have is added to in place.
                 add = torch.addmm if base is None else Tensor.addmm_
+                y = _flat(added) if base is None else _linear(x, base, added)
                 y = add(y, next(each), update.B.to(x.dtype).t(), alpha=call.scale(update))
             # No view: autograd would forbid families such as Falcon to add to it in place.
             shape = [*tensors[0].shape[:-1], y.shape[-1]]
@@ -150,7 +159,7 @@ class _Products(torch.autograd.Function):
         G = [_flat(grad) for grad in grads]
         masks = [_mask(one, ctx.seen, G[0].device, call.dropout) for one in drawn]
         of = [(g, update) for g, (_, update) in zip(G, call.of, strict=True) if update]
-        Q = [g @ (update.B * call.scale(update)).to(g.dtype) for g, update in of]
+        Q = [g @ _scaled(update, call, g.dtype) for g, update in of]
         x: Tensor | None = None
         grad_inputs: Sequence[Tensor | None] = [None] * call.arity
         if need_x:
@@ -193,13 +202,24 @@ def _mask(drawn: Tensor, shape: torch.Size, device: torch.device, dropout: float
     return mask.bernoulli_(1 - dropout, generator=generator)
 
 
-def _linear(x: Tensor, base: nn.Module, added: Tensor | None) -> Tensor:
+def _linear(x: Tensor, base: Any, added: Tensor | None) -> Tensor:
     """Return x Wᵀ + bias, and what it is added to."""
-    bias: Any = base.bias
     if added is None:
-        return functional.linear(x, dense_weight(base), bias)
+        return functional.linear(x, dense_weight(base), base.bias)
     y = torch.addmm(_flat(added), x, dense_weight(base).t())
-    return y if bias is None else y.add_(bias)
+    return y if base.bias is None else y.add_(base.bias)
+
+
+def _linear_onto(xA: Tensor, B: Tensor, x: Tensor, base: Any, added: Tensor | None) -> Tensor:
+    """Return xA Bᵀ + x Wᵀ + bias, and what it is added to, the update first."""
+    y = xA @ B.t() if base.bias is None else torch.addmm(base.bias, xA, B.t())
+    y.addmm_(x, dense_weight(base).t())
+    return y if added is None else y.add_(_flat(added))
+
+
+def _scaled(update: LowRank, call: _Call, dtype: torch.dtype) -> Tensor:
+    """Return s · B, rounded once."""
+    return (update.B * call.scale(update)).to(dtype)
 
 
 def _narrow(x: Tensor, updates: Sequence[LowRank], masks: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -236,12 +256,15 @@ def _grad_of_x(
 def _terms(
     G: Sequence[Tensor], Q: Sequence[Tensor], call: _Call, masks: Sequence[Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the factors of each product in the gradient of x that no mask comes after."""
+    """Yield the factors of each product in the gradient of x that no mask comes after.
+
+    The smallest first, as in the forward pass.
+    """
+    if Q and not masks:
+        yield torch.cat(list(Q), dim=1), _stacked(call.updates, Q[0].dtype)
     for g, (base, _) in zip(G, call.of, strict=True):
         if base is not None:
             yield g, dense_weight(base)
-    if Q and not masks:
-        yield torch.cat(list(Q), dim=1), _stacked(call.updates, Q[0].dtype)
 
 
 def _grad_of_A(Q: Sequence[Tensor], x: Tensor, masks: Sequence[Tensor]) -> Sequence[Tensor]:

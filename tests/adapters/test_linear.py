@@ -8,7 +8,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapters import _linear
-from lorakit.adapters._linear import LowRank, add_low_rank, added_to, low_rank_linear
+from lorakit.adapters._linear import (
+    LowRank,
+    Product,
+    add_low_rank,
+    added_to,
+    low_rank_linear,
+    products,
+)
 
 SHAPES = ((3,), (2, 3), (0,), (2, 0), (1, 1, 4))
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}
@@ -183,6 +190,34 @@ def test_zero_b_gives_the_base_bit_for_bit():
         base = linear(weight, bias, conv1d)
         y = low_rank_linear(x, base, LowRank(A, torch.zeros_like(B), 2.0))
         assert torch.equal(y, base(x))
+
+
+@pytest.mark.parametrize("conv1d", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_updates_below_the_rounding_of_the_base_are_not_lost(
+    conv1d: bool, biased: bool, residual: bool
+):
+    """In bf16, on average over many values; added to what is rounded most come out as nothing.
+
+    A bias is no larger than the product, as is usual: it is added to the update first.
+    """
+    x, weight, bias, A, B = case((512,), 64, 96, 4, dtype=torch.bfloat16)
+    added = torch.randn(512, 96, generator=torch.Generator().manual_seed(3)).bfloat16()
+    if not biased:
+        bias = torch.zeros_like(bias)
+    base, update = linear(weight, bias, conv1d), LowRank(A.float(), B.float() * 5e-5, 2.0)
+    (y,) = products([x], [Product(base, update)], added=added if residual else None)
+    exact = x.double() @ weight.double().t() + bias.double() + (added.double() if residual else 0)
+    delta = 2.0 * x.double() @ update.A.double().t() @ update.B.double().t()
+    assert delta.abs().mean() < torch.finfo(torch.bfloat16).eps / 2 * exact.abs().mean() / 4
+
+    def kept(y: torch.Tensor) -> float:
+        """Return the share of the update that is in y, by regression."""
+        return float(((y.double() - exact) * delta).sum() / delta.square().sum())
+
+    assert kept(y) == pytest.approx(1.0, abs=0.2)
+    assert kept(exact.bfloat16() + delta.bfloat16()) < 0.5  # the other way
 
 
 def test_doubling_the_scale_and_halving_b_changes_nothing():
