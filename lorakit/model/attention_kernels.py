@@ -12,7 +12,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-# Up to here a bf16 matrix product beats the fused kernel of CPUs; in fp32 the fused one wins.
+# Up to here bf16 matrix products beat the fused backward kernel of CPUs, which converts all it
+# reads; in fp32 the fused one wins.
 GROUPED_TOKENS = 512
 # What the variable-length kernel of GPUs takes.
 HALVES, HEAD_DIM, HEAD_STEP = (torch.float16, torch.bfloat16), 256, 8
@@ -58,28 +59,22 @@ class Documents:
             start += count * length
 
 
-def grouped_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Run causal attention as batched products, all query heads of a key head in one of them.
-
-    q (documents, heads, tokens, dim). Forward only; `grouped_gradients` is its backward pass.
-    """
-    documents, heads, length, dim = q.shape
-    q, k, v = (states.reshape(documents * k.shape[1], -1, dim) for states in (q, k, v))
-    return torch.bmm(_probabilities(q, k, scale), v).view(documents, heads, length, dim)
-
-
 def grouped_gradients(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v; the probabilities are computed again."""
+    """Return the gradients of causal attention's q, k and v by batched products.
+
+    q (documents, heads, tokens, dim). All query heads of a key head are in one product; the
+    probabilities are computed again.
+    """
     shapes = q.shape, k.shape, v.shape
     groups, dim = q.shape[0] * k.shape[1], q.shape[-1]
-    grad, q, k, v, out = (states.reshape(groups, -1, dim) for states in (grad, q, k, v, out))
+    grad, q, k, v = (states.reshape(groups, -1, dim) for states in (grad, q, k, v))
     p = _probabilities(q, k, scale)
     dv = torch.bmm(p.transpose(1, 2), grad)
-    # Softmax: ds = p * (dp - sum(dp * p)), and that sum is grad · out.
     ds = torch.bmm(grad, v.transpose(1, 2))
-    ds.sub_((grad * out).sum(-1, keepdim=True)).mul_(p)
+    # In place: these matrices are the largest tensors of a layer.
+    torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
     dq = torch.bmm(ds, k).mul_(scale)
     dk = torch.bmm(ds.transpose(1, 2), q).mul_(scale)
     dq, dk, dv = (d.view(shape) for d, shape in zip((dq, dk, dv), shapes, strict=True))
@@ -90,8 +85,9 @@ def _probabilities(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """Return softmax(scale * q k + causal mask): (groups, query heads * tokens, tokens)."""
     length = k.shape[1]
     future = torch.full((length, length), float("-inf"), dtype=q.dtype, device=q.device).triu_(1)
-    mask = future.repeat(q.shape[1] // length, 1)
-    return torch.baddbmm(mask.expand(len(q), -1, -1), q, k.transpose(1, 2), alpha=scale).softmax(-1)
+    mask = future.repeat(q.shape[1] // length, 1).expand(len(q), -1, -1)
+    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale)
+    return torch.softmax(scores, -1, out=scores)
 
 
 @dataclass(frozen=True)
@@ -103,31 +99,29 @@ class OnHost:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return the output and what the backward pass needs besides it."""
-        out, sums = torch.empty_like(q), []
+        outs, sums = [], []
         for at, count, length in self.documents.within(len(q)):
             qs, ks, vs = (by_document(t[at], count, length) for t in (q, k, v))
-            if _is_grouped(q, length):
-                piece = grouped_attention(qs, ks, vs, self.scale)
-            else:
-                piece, kept = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                    qs, ks, vs, 0.0, True, scale=self.scale
-                )
-                sums.append(kept)
-            by_document(out[at], count, length).copy_(piece)
-        return out, sums
+            out, kept = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                qs, ks, vs, 0.0, True, scale=self.scale
+            )
+            outs.append(out.transpose(1, 2).flatten(0, 1))
+            sums.append(kept)
+        return outs[0] if len(outs) == 1 else torch.cat(outs), sums
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *sums: Tensor
     ) -> tuple[Tensor, ...]:
         """Return the gradients of q, k and v."""
-        grads, kept = tuple(map(torch.empty_like, (q, k, v))), iter(sums)
-        for at, count, length in self.documents.within(len(q)):
+        grads = tuple(map(torch.empty_like, (q, k, v)))
+        runs = self.documents.within(len(q))
+        for (at, count, length), lse in zip(runs, sums, strict=True):
             g, qs, ks, vs, o = (by_document(t[at], count, length) for t in (grad, q, k, v, out))
             if _is_grouped(q, length):
-                pieces = grouped_gradients(g, qs, ks, vs, o, self.scale)
+                pieces = grouped_gradients(g, qs, ks, vs, self.scale)
             else:
                 backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-                pieces = backward(g, qs, ks, vs, o, next(kept), 0.0, True, scale=self.scale)
+                pieces = backward(g, qs, ks, vs, o, lse, 0.0, True, scale=self.scale)
             for whole, piece in zip(grads, pieces, strict=True):
                 by_document(whole[at], count, length).copy_(piece)
         return grads

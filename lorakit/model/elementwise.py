@@ -65,7 +65,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return weight * (wide * scale).to(x.dtype), scale
+    return (wide * scale).to(x.dtype).mul_(weight), scale
 
 
 @_fusable
@@ -73,11 +73,11 @@ def rms_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the normed x again, and the gradient c (w ⊙ g) - c³ x mean(x ⊙ w ⊙ g)."""
-    wide = x.to(scale.dtype)
-    normed = wide * scale
-    weighted = grad.to(scale.dtype) * weight
+    normed = x.to(scale.dtype) * scale
+    weighted = (grad * weight).to(scale.dtype)
     shared = (weighted * normed).mean(-1, keepdim=True)
-    return weight * normed.to(x.dtype), ((weighted - normed * shared) * scale).to(x.dtype)
+    again = normed.to(x.dtype) * weight
+    return again, weighted.sub_(normed.mul_(shared)).mul_(scale).to(x.dtype)
 
 
 @_fusable
@@ -89,9 +89,9 @@ def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
 @_fusable
 def silu_gate_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the hidden state again, and the gradients of gate and up."""
-    sigmoid = torch.sigmoid(gate)
-    silu = gate * sigmoid
-    return silu * up, grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu
+    silu = F.silu(gate)
+    grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+    return silu * up, grad_gate, silu.mul_(grad)
 
 
 @_fusable
@@ -101,9 +101,12 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Su et al. 2021, "RoFormer", arXiv 2104.09864, in the layout of halves that Llama uses.
     With -sin it is its own inverse and its own backward.
     """
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return x * cos.unsqueeze(-2) + turned * sin.unsqueeze(-2)
+    turned = x * cos.unsqueeze(-2)
+    halves, sines = x.chunk(2, dim=-1), sin.unsqueeze(-2).chunk(2, dim=-1)
+    first, second = turned.chunk(2, dim=-1)
+    first.sub_(halves[1] * sines[0])
+    second.add_(halves[0] * sines[1])
+    return turned
 
 
 class Itself(NamedTuple):

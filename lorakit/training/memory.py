@@ -198,7 +198,7 @@ def _activations(shape: Shape, setup: Setup) -> tuple[int, int]:
     shared, after = shape.trace.shared(tokens), shape.trace.after
     states = tokens * setup.share * shape.hidden * shape.dtype.itemsize
     moments = [
-        (sum(kept) + shared + after.saved(tokens), _loss(shape, setup) + 2 * states),
+        (sum(kept) + shared + after.saved(tokens), _loss(shape, setup) + states),
         (sum(kept) + after.peak(tokens) + states, 0.0),
         *(
             (sum(kept[:number]) + shared + layer.peak(tokens), 0.0)
@@ -213,8 +213,8 @@ def _activations(shape: Shape, setup: Setup) -> tuple[int, int]:
 def _loss(shape: Shape, setup: Setup) -> float:
     """Return the bytes of logits, and of what is made of them, that are alive at a time.
 
-    In chunks: the fp32 scores and their log-softmax. At once: the log-softmax, its gradient and
-    that of the scores.
+    In chunks: the fp32 scores and their log-softmax, and the gradient of the trained states. At
+    once: the log-softmax, its gradient and that of the scores.
     """
     trained = setup.tokens * setup.share
     if shape.whole_logits:
@@ -222,4 +222,5 @@ def _loss(shape: Shape, setup: Setup) -> float:
     fewest, most = CHUNK_ROWS
     budget = CHUNK_BYTES_GPU if setup.gpu else CHUNK_BYTES["cpu"]
     rows = max(fewest, min(most, budget // (4 * shape.vocabulary)))
-    return min(rows, trained) * shape.vocabulary * 8
+    gradient = trained * shape.hidden * shape.dtype.itemsize
+    return min(rows, trained) * shape.vocabulary * 8 + gradient
