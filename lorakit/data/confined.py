@@ -97,7 +97,9 @@ class _Worker:
             answer = self._read()
         if not answer.endswith(b"\n"):
             self.close()
-            said = f"it takes more than {SECONDS} seconds, or more than {MEMORY >> 20} MiB of memory"
+            said = (
+                f"it takes more than {SECONDS} seconds, or more than {MEMORY >> 20} MiB of memory"
+            )
             raise BadInput("template.limit", f"the chat template goes beyond a limit: {said}")
         found = json.loads(answer)
         if "id" in found:

@@ -3,6 +3,7 @@
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Sequence
+from heapq import heapreplace
 
 import numpy as np
 
@@ -38,6 +39,27 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
                 insort(rooms, room)
             with_room[room].append(number)
     return packs
+
+
+def spread(lengths: Sequence[int], capacity: int, multiple: int = 1) -> list[list[int]]:
+    """Return as few packs as `pack` makes, or the next multiple of them, as even as can be.
+
+    Longest first, each goes where least is (Graham 1969: the fullest has at most 4/3 of the least
+    possible); where a pack so becomes larger than the capacity, the packs of `pack`.
+
+    >>> spread([3, 5, 2, 4], capacity=12)
+    [[1, 2], [3, 0]]
+    """
+    packs = pack(lengths, capacity)
+    count = min(-(-len(packs) // multiple) * multiple, len(lengths))
+    even: list[list[int]] = [[] for _ in range(count)]
+    filled = [(0, number) for number in range(count)]
+    for index in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+        tokens, number = filled[0]
+        even[number].append(index)
+        heapreplace(filled, (tokens + lengths[index], number))
+    fits = max(tokens for tokens, _ in filled) <= max(capacity, *lengths)
+    return even if fits else packs
 
 
 def padded_groups(lengths: Sequence[int], budget: int) -> list[list[int]]:
