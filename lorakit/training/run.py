@@ -126,12 +126,9 @@ def choose_kernels(plan: Plan, runtime: Runtime, reporter: Reporter) -> None:
         EnvironmentLacks: when the recipe asks for it and the machine has no compiler that works.
     """
     keep_kernels_apart()
-    asked = plan.recipe.train.compile
-    if not asked or (asked == "auto" and runtime.device.type == "cpu"):
+    if not plan.compiled or (reason := fuse_kernels(runtime.device, plan.dtype)) is None:
         return
-    if (reason := fuse_kernels(runtime.device, plan.dtype)) is None:
-        return
-    if asked is True:
+    if plan.recipe.train.compile is True:
         raise EnvironmentLacks(
             "env.missing-package",
             f"train.compile: torch.compile does not work here: {reason}",

@@ -107,6 +107,7 @@ def _split(plan: Plan) -> str:
     return (
         f"micro-batches of up to {plan.steps.micro_batch_tokens:,} tokens, "
         f"{some if recomputed else 'no layer'} computed again in the backward pass"
+        f"{', kernels compiled' if plan.compiled else ''}"
     )
 
 

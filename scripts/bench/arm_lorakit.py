@@ -89,6 +89,7 @@ def recipe_text(job: dict[str, Any], rows_per_step: int, steps: int, longest: in
                 "max_grad_norm": CLIP,
                 "gradient_checkpointing": job.get("checkpointing", "auto"),
                 "compile": job.get("compile", "auto"),
+                "save_every": 1_000_000,  # the rows of a step are an epoch here; peers save nothing
             },
             "seed": SEED,
         }
@@ -115,7 +116,8 @@ def plan_of(job: dict[str, Any]) -> Plan:
     """Return the plan of a job, after comparing its order of rows with that of the other arms."""
     rows, order = read_rows(job)
     data = dataset(rows)
-    epochs = -(-(job["warm"] + job["timed"]) // len(order))
+    # As many as an afternoon has, so that `auto` is what it is in long runs; `Enough` ends it.
+    epochs = -(-max(job["warm"] + job["timed"], job.get("steps", 10_000)) // len(order))
     recipe_file = Path(job["folder"]) / "recipe.yaml"
     recipe_file.write_text(recipe_text(job, len(order[0]), epochs, data.max_length))
     recipe = read(recipe_file, adapters.settings_for, environ={})

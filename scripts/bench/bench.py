@@ -98,8 +98,11 @@ class Bench:
         arms = [(arm, arm.name) for arm in (*config.arms, *more)]
         if config.steps == 1:
             arms.append((config.arms[0], config.arms[0].name + AGAIN))
+        truth = config.truth
+        if truth and truth not in config.arms and self.facts["dtype"] != "fp32":
+            arms.append((truth, truth.name))
         found = [self.one_arm(config, arm, name) for arm, name in arms]
-        compare.losses(found, config.reference)
+        compare.losses(found, config.reference, truth.name if truth else None)
         compare.gradients(found, config.reference)
         counts = self.facts["configs"][config.id]
         for row in found:

@@ -11,23 +11,21 @@ from typing import Any
 from configs import BF16_LOSS, BF16_MEAN, FP32_LOSS, GRADIENT
 
 
-def losses(arms: list[dict[str, Any]], reference: str) -> None:
-    """Note in each arm how far its losses are from those of the reference in the same dtype.
+def losses(arms: list[dict[str, Any]], reference: str, truth: str | None = None) -> None:
+    """Note in each arm how far its losses are from those that they are held against.
 
-    An arm that is further off than the tolerance is disqualified: `equal` is false.
+    Peers' are held against the reference in the same dtype; lorakit's against the truth, which is
+    in fp32, where that ran. An arm that is further off than the tolerance is disqualified: `equal`
+    is false.
     """
-    for arm in arms:
-        theirs = next(
-            (
-                other
-                for other in arms
-                if other["name"] in (reference, f"{reference} {arm['dtype']}")
-                and other["dtype"] == arm["dtype"]
-                and "losses" in other
-            ),
-            None,
+    ran = {arm["name"]: arm for arm in arms if "losses" in arm}
+    for arm in ran.values():
+        same = (reference, f"{reference} {arm['dtype']}")
+        theirs = ran.get(truth or "") if arm["ours"] else None
+        theirs = theirs or next(
+            (ran[name] for name in same if name in ran and ran[name]["dtype"] == arm["dtype"]), None
         )
-        if "losses" not in arm or theirs is None:
+        if theirs is None:
             continue
         pairs = list(zip(arm["losses"], theirs["losses"], strict=False))
         off = [abs(ours - other) for ours, other in pairs]

@@ -156,7 +156,8 @@ def _equal(arm: dict[str, Any]) -> str:
         if arm["dtype"] == "fp32"
         else f"{loss['worst']:.4f} at most, {loss['mean']:.4f} on average"
     )
-    text = f"{'equal' if arm['equal'] else '**DISQUALIFIED**'}: {off} over {loss['steps']} steps"
+    verdict = "equal" if arm["equal"] else "**DISQUALIFIED**"
+    text = f"{verdict}: {off} over {loss['steps']} steps of {loss['against']}"
     if "gradients" in arm:
         text += f"; gradients of step 1: {arm['gradients']['relative']:.1e}"
     return text
