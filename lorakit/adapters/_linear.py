@@ -171,8 +171,9 @@ class _Products(torch.autograd.Function):
         if need_A and x is not None:
             grad_factors[::2] = _grad_of_A(Q, x, masks)
         if need_B:
+            # The narrow factor first: it is the one that is turned around in memory.
             grad_factors[1::2] = [
-                (g.t() @ xA).to(update.B.dtype).mul_(call.scale(update))
+                (xA.t() @ g).t().to(update.B.dtype).mul_(call.scale(update))
                 for (g, update), xA in zip(of, narrow, strict=True)
             ]
         shaped = [

@@ -72,15 +72,17 @@ class _HeadLoss(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=_wide(hidden[:0]).dtype)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for rows in _chunks(len(hidden), len(weight), hidden.device):
-            logp = _wide(F.linear(hidden[rows], weight, bias)).log_softmax(-1)
-            places = targets[rows, None]
-            total -= logp.gather(1, places).sum()
+            logits, places = _wide(F.linear(hidden[rows], weight, bias)), targets[rows, None]
+            highest, at = logits.max(-1, keepdim=True)
+            chosen = logits.gather(1, places)
+            p = _softmax(logits)
+            del logits
+            # log Σ exp(x) = x_max - log p_max, where p_max is never tiny.
+            total += (highest - p.gather(1, at).log_() - chosen).sum()
             if grad is not None:
-                dlogits = logp.exp_()
-                dlogits.scatter_add_(1, places, -torch.ones_like(places, dtype=dlogits.dtype))
-                torch.mm(dlogits.to(weight.dtype), weight, out=grad[rows])
-                del dlogits
-            del logp  # gone before the next chunk is made
+                p.scatter_add_(1, places, -torch.ones_like(places, dtype=p.dtype))
+                torch.mm(p.to(weight.dtype), weight, out=grad[rows])
+            del p  # gone before the next chunk is made
         ctx.save_for_backward(grad)
         return total
 
@@ -111,6 +113,12 @@ def _chunks(rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]
     budget = CHUNK_BYTES.get(device.type, CHUNK_BYTES_GPU)
     size = max(fewest, min(most, budget // (4 * vocabulary)))
     return (slice(start, start + size) for start in range(0, rows, size))
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """Return the softmax of logits (n, vocabulary); on a CPU they become it."""
+    out = logits if logits.device.type == "cpu" else None
+    return torch.softmax(logits, -1, out=out)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -213,8 +213,9 @@ def _activations(shape: Shape, setup: Setup) -> tuple[int, int]:
 def _loss(shape: Shape, setup: Setup) -> float:
     """Return the bytes of logits, and of what is made of them, that are alive at a time.
 
-    In chunks: the fp32 scores and their log-softmax, and the gradient of the trained states. At
-    once: the log-softmax, its gradient and that of the scores.
+    In chunks: the fp32 scores and their softmax, on a CPU in one place and once more in the dtype
+    of the weights, and the gradient of the trained states. At once: the log-softmax, its gradient
+    and that of the scores.
     """
     trained = setup.tokens * setup.share
     if shape.whole_logits:
@@ -222,5 +223,6 @@ def _loss(shape: Shape, setup: Setup) -> float:
     fewest, most = CHUNK_ROWS
     budget = CHUNK_BYTES_GPU if setup.gpu else CHUNK_BYTES["cpu"]
     rows = max(fewest, min(most, budget // (4 * shape.vocabulary)))
-    gradient = trained * shape.hidden * shape.dtype.itemsize
-    return min(rows, trained) * shape.vocabulary * 8 + gradient
+    narrow = shape.dtype.itemsize
+    bytes_a_score = 8 if setup.gpu else 4 + narrow * (narrow < 4)
+    return min(rows, trained) * shape.vocabulary * bytes_a_score + trained * shape.hidden * narrow

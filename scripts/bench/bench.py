@@ -76,6 +76,7 @@ class Bench:
                     "masked": config.masked,
                     "steps": config.steps,
                     "started": config.started,
+                    "text": config.text,
                     "rows_file": str(folder / "rows.json"),
                     "init_file": str(folder / "init.safetensors"),
                 }
@@ -107,7 +108,8 @@ class Bench:
         counts = self.facts["configs"][config.id]
         for row in found:
             compare.rates(row, counts)
-        return {"id": config.id, "about": config.about, **counts, "arms": found}
+        about = {"id": config.id, "about": config.about, "steps": config.steps}
+        return {**about, **counts, "arms": found}
 
     def one_arm(self, config: Config, arm: Arm, name: str) -> dict[str, Any]:
         """Run one arm; return what it reported, or why it did not."""

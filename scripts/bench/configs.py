@@ -60,6 +60,7 @@ class Config:
     truth: Arm | None = None
     steps: int = 1
     started: bool = False  # B starts at random values instead of zero, so that A has a gradient
+    text: bool = False  # tokens of the support data, not random ones
 
 
 @dataclass(frozen=True)
@@ -150,8 +151,25 @@ CPU = (
     ),
 )
 
-# One thing taken away at a time; not part of `make bench`: run.py --only A3.
+# Not part of `make bench`: run.py --only A3 A4. A3 takes one thing away at a time; A4 shows what
+# rounding to bf16 does to learning, from B = 0 as runs begin.
 ABLATIONS = (
+    Config(
+        "A4",
+        "learning in bf16: 20 steps of 4 other rows of 256 tokens of text, half of each masked",
+        (256,) * 4,
+        0.5,
+        (
+            Arm("lorakit bf16", LORAKIT, "bf16"),
+            Arm("PEFT loop bf16", BARE, "bf16"),
+            Arm("lorakit fp32", LORAKIT, "fp32"),
+            _EXACT,
+        ),
+        "PEFT loop",
+        _EXACT,
+        steps=20,
+        text=True,
+    ),
     Config(
         "A3",
         "the rows of C3, lorakit with one thing changed at a time",

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from configs import ALPHA, RANK, SEED, TARGETS
+from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -23,27 +24,43 @@ from lorakit.data.tokens import Example
 from lorakit.errors import Place
 
 MASKED = -100
+TEXT = Path(__file__).parents[2] / "recipes" / "data" / "support" / "train.jsonl"
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}"
 
 
-def write_rows(
-    path: Path, vocabulary: int, lengths: list[int], masked: float, steps: int
-) -> dict[str, Any]:
-    """Write random rows and the order in which lorakit's batches take them; return the counts."""
+def random_tokens(vocabulary: int, lengths: list[int]) -> list[NDArray[np.int64]]:
+    """Return rows of random tokens."""
     random = np.random.default_rng(SEED)
+    return [random.integers(3, vocabulary, length) for length in lengths]
+
+
+def text_tokens(model: Path, lengths: list[int]) -> list[NDArray[np.int64]]:
+    """Return rows of what the support data say, one message after the other."""
+    messages = [json.loads(line)["messages"] for line in TEXT.read_text("utf-8").splitlines()]
+    text = "\n".join(message["content"] for row in messages for message in row)
+    ids = Tokenizer.from_file(str(model / "tokenizer.json")).encode(text).ids
+    if len(ids) < sum(lengths):
+        sys.exit(f"the support data have {len(ids)} tokens, {sum(lengths)} are asked for")
+    return np.split(np.array(ids[: sum(lengths)]), np.cumsum(lengths)[:-1])
+
+
+def write_rows(
+    path: Path, tokens: list[NDArray[np.int64]], batch: int, masked: float
+) -> dict[str, Any]:
+    """Write rows and the order in which lorakit's batches take them; return the first's counts."""
     rows = []
-    for length in lengths * steps:
-        ids = random.integers(3, vocabulary, length)
-        labels = ids.copy()
+    for ids in tokens:
+        length, labels = len(ids), ids.copy()
         labels[: max(1, round(masked * length))] = MASKED
         rows.append({"input_ids": ids.tolist(), "labels": labels.tolist()})
     examples = [
         Example(np.array(row["input_ids"], np.int32), np.array(row["labels"], np.int32), Place("?"))
         for row in rows
     ]
-    made = Steps(examples, batch_size=len(lengths), seed=SEED)
+    made = Steps(examples, batch_size=batch, seed=SEED)
     order = [
-        sorted(row for batch in made.step(index) for row in batch.rows) for index in range(steps)
+        sorted(row for batch in made.step(index) for row in batch.rows)
+        for index in range(made.total)
     ]
     path.write_text(json.dumps({"rows": rows, "order": order}), encoding="utf-8")
     first = [rows[row]["labels"] for row in order[0]]
@@ -185,13 +202,13 @@ def main() -> None:
         model = Path(task["model"])
         facts["sizes"] = sizes(model)
         for config in task["configs"]:
-            counts = write_rows(
-                Path(config["rows_file"]),
-                facts["sizes"]["vocabulary"],
-                config["lengths"],
-                config["masked"],
-                config["steps"],
-            )
+            lengths = config["lengths"] * config["steps"]
+            if config["text"]:
+                tokens = text_tokens(model, lengths)
+            else:
+                tokens = random_tokens(facts["sizes"]["vocabulary"], lengths)
+            batch = len(config["lengths"])
+            counts = write_rows(Path(config["rows_file"]), tokens, batch, config["masked"])
             write_initial_values(Path(config["init_file"]), model, started=config["started"])
             facts["configs"][config["id"]] = counts
     print(json.dumps(facts))

@@ -9,6 +9,7 @@ import memory_grid
 import quantised
 
 GIB, MIB = 1 << 30, 1 << 20
+CURVE = (1, 2, 3, 5, 8, 12, 16, 20)  # steps whose losses are shown
 ARM_COLUMNS = [
     "arm",
     "dtype",
@@ -116,6 +117,8 @@ def _config(config: dict[str, Any], results: dict[str, Any]) -> str:
         f"{config['trained']} trained, {needs / 1e9:.2f} GFLOP a token)\n\n"
     )
     text += _table(ARM_COLUMNS, rows)
+    if config.get("steps", 1) > 1:
+        text += "\n\n" + _curves(config)
     goals = [g for g in (*configs.CPU_GOALS, *configs.GPU_GOALS) if g.config == config["id"]]
     compared = [_goal(goal, arms, results["dtype"]) for goal in goals]
     if any(compared):
@@ -124,6 +127,16 @@ def _config(config: dict[str, Any], results: dict[str, Any]) -> str:
             [row for row in compared if row],
         )
     return text
+
+
+def _curves(config: dict[str, Any]) -> str:
+    steps = [step for step in CURVE if step <= config["steps"]]
+    rows = [
+        [arm["name"], *(f"{arm['losses'][step - 1]:.4f}" for step in steps)]
+        for arm in config["arms"]
+        if "losses" in arm
+    ]
+    return _table(["loss in step", *map(str, steps)], rows)
 
 
 def _arm(arm: dict[str, Any], needs: float, results: dict[str, Any]) -> list[str]:

@@ -120,6 +120,19 @@ def test_head_loss_passes_gradcheck(with_bias: bool, small_chunks: None) -> None
     torch.testing.assert_close(head_loss(hidden, weight, bias, targets), expected)
 
 
+def test_targets_whose_probability_is_zero_in_fp32_have_their_loss(small_chunks: None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = (300 * torch.randn(9, 4, generator=generator)).requires_grad_()
+    weight, targets = torch.randn(11, 4, generator=generator), torch.arange(9)
+    logits = hidden.double() @ weight.t().double()
+    assert logits.float().softmax(-1).gather(1, targets[:, None]).min() == 0
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    found = head_loss(hidden, weight, None, targets)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+    (grad,) = torch.autograd.grad(found, hidden)
+    torch.testing.assert_close(grad, torch.autograd.grad(expected, hidden)[0])
+
+
 def test_bf16_hidden_states_give_an_fp32_loss() -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(40, 16, generator=generator).bfloat16().requires_grad_()
