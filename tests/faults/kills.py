@@ -110,6 +110,11 @@ def power_lost(subject: Subject, case: int, folder: Path) -> None:
     for path in ("run/adapter", "run/merged", "merged"):
         if recording.returned(length, path):
             assert (state / path).is_dir(), f"{path} was published and is gone"
+    for said in recording.said(length):
+        same = (state / said).is_file() and (state / said).read_bytes() == (
+            recording.below / said
+        ).read_bytes()
+        assert same, f"{said} was written before the command ended and is gone"
     if case % 31 == 0:
         scenario.done(state)
 

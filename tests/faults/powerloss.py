@@ -18,6 +18,8 @@ from typing import Any
 
 from tests.faults.syscalls import Call, listed
 
+AT_THE_END = 0.1  # share of the states that lack nothing but what was not synced
+
 Action = Callable[[], int | None]
 
 
@@ -37,7 +39,8 @@ class Recording:
 
     def state(self, rng: random.Random, target: Path) -> int:
         """Build in `target` one state that a failure may leave; return the changes before it."""
-        length = rng.randint(0, len(self.calls))
+        everything = len(self.calls)
+        length = everything if rng.random() < AT_THE_END else rng.randint(0, everything)
         often = rng.choice((0.1, 0.5, 0.9))
         shutil.copytree(self.before, target, symlinks=True)
         syncs: Counter[str] = Counter()
@@ -67,6 +70,19 @@ class Recording:
         whole = self.written.get(path) or next(iter(self.synced.get(path, [])), b"")
         kept = min(4096, len(whole) // 2)
         return rng.choice((b"", whole[:kept], bytes(len(whole)), whole))
+
+    def said(self, length: int) -> Iterator[Path]:
+        """Yield the files, by their place below the folder, that an ended action has renamed.
+
+        None before it has ended. What has been written to since, or is gone, is left out.
+        """
+        if length < len(self.calls):
+            return
+        for call in self.calls:
+            content = self.written.get(call.paths[0]) if call.name.startswith("rename") else None
+            place = Path(call.paths[-1])
+            if content is not None and place.is_file() and place.read_bytes() == content:
+                yield place.relative_to(self.below)
 
     def returned(self, length: int, name: str) -> bool:
         """Tell whether what stands at `name` was published for good before so many changes."""
