@@ -133,14 +133,14 @@ def compare_logits(
 
 
 def compared(adapted: Tensor, plain: Tensor, merged: Tensor, *, bound: float) -> Logits:
-    """Compare logits (prompts, tokens, vocabulary), one prompt in fp64 at a time."""
+    """Compare logits (prompts, tokens, vocabulary), one position in fp64 at a time."""
     sums, largest = torch.zeros(5, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
-    for prompt in range(len(adapted)):
-        a, p, m = (logits[prompt].double() for logits in (adapted, plain, merged))
+    for position in zip(*(x.flatten(0, 1) for x in (adapted, plain, merged)), strict=True):
+        a, p, m = (logits.double() for logits in position)
         error, effect = a - m, a - p
         products = ((error, error), (a, a), (effect, effect), (effect, m - p))
-        agree = (a.argmax(-1) == m.argmax(-1)).sum()
-        sums += torch.stack([*((x * y).sum() for x, y in products), agree.double()])
+        agree = a.argmax() == m.argmax()
+        sums += torch.stack([*(x.dot(y) for x, y in products), agree.double()])
         largest = largest.maximum(torch.stack([error.abs().max(), effect.abs().max()]))
     errors, squares, strength, along, agreeing = sums.tolist()
     positions = adapted.shape[:2].numel()
