@@ -1,12 +1,14 @@
 """The low-rank product y = x Wᵀ + s · drop(x) Aᵀ Bᵀ, with its backward pass written by hand.
 
 With G = dL/dy and Q = s · G B, which is only r wide: dB = s · Gᵀ (x Aᵀ), dA = Qᵀ x and
-dx = G W + Q A. Base product and update are one autograd node: the update is added into the base
-product in place, forward and backward, and only x (the caller's tensor, no copy) and x Aᵀ are kept.
+dx = G W + Q A. Base product and update are one autograd node: one is added to the other in place,
+and only x (the caller's tensor, no copy) and x Aᵀ are kept.
 
-In half precision the update is computed first and the base product added to it, in the fp32 sums of
-that product, so that y is rounded once. The other way round an update of less than half a unit in
-the last place of the base product, as all are at first, would round back to nothing.
+In half precision the update is computed first, and what is large added to it, in the fp32 sums of
+the base product; so it is in the backward pass. The other way round an update of less than half a
+unit in the last place of the base product, as all are at first, would round back to nothing. A bias
+is added to the update before the product, as without an update: B = 0 is the base bit for bit. What
+a base of another kind has computed is rounded already.
 
 Products that read the same x are one node as well: their A's are one matrix, and the gradient of x
 is summed in place. x itself may be made of what is kept (`model/elementwise.py`), so that a norm or
@@ -244,11 +246,11 @@ def _grad_of_x(
 ) -> Tensor:
     """Return the sum of G W over the bases and of Q A over the updates, (rows, inputs)."""
     total: Tensor | None = None
-    for left, right in _terms(G, Q, call, masks):
-        total = left @ right if total is None else total.addmm_(left, right)
     for q, (A, _, _), mask in zip(Q, call.updates, masks, strict=False):
         part = (q @ A.to(q.dtype)).mul_(mask)
         total = part if total is None else total.add_(part)
+    for left, right in _terms(G, Q, call, masks):
+        total = left @ right if total is None else total.addmm_(left, right)
     if total is None:
         raise ValueError("a call without a base and without an update")
     return total
@@ -257,10 +259,7 @@ def _grad_of_x(
 def _terms(
     G: Sequence[Tensor], Q: Sequence[Tensor], call: _Call, masks: Sequence[Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the factors of each product in the gradient of x that no mask comes after.
-
-    The smallest first, as in the forward pass.
-    """
+    """Yield the factors of each product in the gradient of x that no mask comes after."""
     if Q and not masks:
         yield torch.cat(list(Q), dim=1), _stacked(call.updates, Q[0].dtype)
     for g, (base, _) in zip(G, call.of, strict=True):

@@ -196,8 +196,10 @@ class Steps:
     def largest(self) -> Batch:
         """Return a micro-batch as large as one can become, from the longest rows of an epoch."""
         units = sorted(self._epoch(0), key=lambda unit: -int(self._lengths[unit].sum()))
-        units = units[: self._batch_size]
-        groups = self._grouped([int(self._lengths[unit].sum()) for unit in units])
+        lengths = [int(self._lengths[unit].sum()) for unit in units[: self._batch_size]]
+        # Not evenly, as in a step: others may just fit into one micro-batch.
+        packs = self.by_tokens and self._packing
+        groups = pack(lengths, max(self.limit, self.longest)) if packs else self._grouped(lengths)
         made = ([int(row) for unit in group for row in units[unit]] for group in groups)
         make = _packed if self._packing else _padded
         return max((make(self._examples, rows) for rows in made), key=lambda b: b.input_ids.numel())

@@ -99,15 +99,15 @@ class OnHost:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return the output and what the backward pass needs besides it."""
-        outs, sums = [], []
+        out, sums = torch.empty_like(q), []
         for at, count, length in self.documents.within(len(q)):
             qs, ks, vs = (by_document(t[at], count, length) for t in (q, k, v))
-            out, kept = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            piece, kept = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 qs, ks, vs, 0.0, True, scale=self.scale
             )
-            outs.append(out.transpose(1, 2).flatten(0, 1))
+            by_document(out[at], count, length).copy_(piece)
             sums.append(kept)
-        return outs[0] if len(outs) == 1 else torch.cat(outs), sums
+        return out, sums
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *sums: Tensor

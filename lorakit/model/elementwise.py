@@ -53,7 +53,7 @@ def _fusable(function: Callable[P, R]) -> Callable[P, R]:
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True, fullgraph=True)
+    return torch.compile(function, dynamic=True)
 
 
 @_fusable
@@ -74,7 +74,7 @@ def rms_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return the normed x again, and the gradient c (w ⊙ g) - c³ x mean(x ⊙ w ⊙ g)."""
     normed = x.to(scale.dtype) * scale
-    weighted = (grad * weight).to(scale.dtype)
+    weighted = grad.to(scale.dtype) * weight
     shared = (weighted * normed).mean(-1, keepdim=True)
     again = normed.to(x.dtype) * weight
     return again, weighted.sub_(normed.mul_(shared)).mul_(scale).to(x.dtype)

@@ -43,8 +43,12 @@ def plain_head(model: PreTrainedModel) -> nn.Linear | None:
 
 def llama_layers(model: PreTrainedModel) -> list[nn.Module]:
     """Return the decoder layers of a model whose layers are Llama's, none of any other model."""
-    like = is_known(model) and model.config.model_type in LLAMA_LIKE
-    return decoder_layers(model) if like and model.config.hidden_act == "silu" else []
+    return decoder_layers(model) if is_known(model) and is_llama_like(model.config) else []
+
+
+def is_llama_like(config: PretrainedConfig) -> bool:
+    """Tell whether a model's layers are Llama's, by its settings."""
+    return config.model_type in LLAMA_LIKE and config.hidden_act == "silu"
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

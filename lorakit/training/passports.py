@@ -75,6 +75,7 @@ def pinned(plan: Plan, runtime: Runtime) -> dict[str, Any]:
         "dtype": str(plan.dtype).removeprefix("torch."),
         "device": runtime.describe(),
         "processes": runtime.processes,
+        "compiled": plan.compiled,
         **versions(plan),
     }
 

@@ -12,7 +12,7 @@ from lorakit.training.folder import RunFolder
 from lorakit.training.memory import GIB, estimate
 from lorakit.training.plan import Plan
 from lorakit.training.progress import Reporter
-from lorakit.training.run import prepare
+from lorakit.training.run import choose_kernels, prepare
 from lorakit.training.speed import Rate, step_flops
 
 STEPS = 2
@@ -54,8 +54,9 @@ def trial(plan: Plan, runtime: Runtime, rate: Rate) -> Trial:
 
     On a GPU the bytes are the allocator's; on a CPU how far resident memory grew.
     """
-    before = runtime.used_bytes()
     silent = Reporter(STEPS, STEPS, say=lambda _: None, console=None, metrics=None)
+    choose_kernels(plan, runtime, silent)  # a compiler's memory is no tensor's
+    before = runtime.used_bytes()
     run = prepare(plan, runtime, RunFolder(Path(), False, {}), silent, Stop())
     for index in range(STEPS):
         began = time.monotonic()

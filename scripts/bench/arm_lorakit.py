@@ -38,6 +38,7 @@ from lorakit.training.plan import Permissions, Plan, make
 from lorakit.training.progress import Reporter, StepRecord
 
 DTYPES = {"best": "auto"}
+PLANNED = 10_000  # steps, so that `auto` is what it is in long runs; `Enough` ends them early
 CPU, HOTTEST = torch.profiler.ProfilerActivity.CPU, 16
 
 
@@ -116,8 +117,7 @@ def plan_of(job: dict[str, Any]) -> Plan:
     """Return the plan of a job, after comparing its order of rows with that of the other arms."""
     rows, order = read_rows(job)
     data = dataset(rows)
-    # As many as an afternoon has, so that `auto` is what it is in long runs; `Enough` ends it.
-    epochs = -(-max(job["warm"] + job["timed"], job.get("steps", 10_000)) // len(order))
+    epochs = -(-max(job["warm"] + job["timed"], PLANNED) // len(order))
     recipe_file = Path(job["folder"]) / "recipe.yaml"
     recipe_file.write_text(recipe_text(job, len(order[0]), epochs, data.max_length))
     recipe = read(recipe_file, adapters.settings_for, environ={})

@@ -192,6 +192,23 @@ def test_zero_b_gives_the_base_bit_for_bit():
         assert torch.equal(y, base(x))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_gradients_below_the_rounding_of_the_others_are_not_lost(dropout: float):
+    """Of x in bf16, with what comes through the update: drawn with the same mask in fp64."""
+    x, weight, _, A, B = case((512,), 96, 64, 4, dtype=torch.bfloat16)
+    update = LowRank(A.float(), B.float() * 5e-5, 2.0)
+    G = torch.randn(512, 64, generator=torch.Generator().manual_seed(4)).bfloat16()
+    base = linear(weight, None)
+    torch.manual_seed(0)
+    low_rank_linear(x.requires_grad_(), base, update, dropout=dropout).backward(G)
+    torch.manual_seed(0)
+    mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else 1.0
+    plain = G.double() @ weight.double()
+    delta = 2.0 / (1 - dropout) * G.double() @ update.B.double() @ update.A.double() * mask
+    kept = ((x.grad.double() - plain) * delta).sum() / delta.square().sum()
+    assert float(kept) == pytest.approx(1.0, abs=0.1)
+
+
 @pytest.mark.parametrize("conv1d", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("residual", [False, True])

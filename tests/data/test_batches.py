@@ -105,6 +105,15 @@ def test_steps_are_as_many_as_planned(keys: dict[str, Any]) -> None:
         assert all(n == size for k, n in enumerate(sizes, 1) if k % steps.per_epoch)
 
 
+def test_the_largest_micro_batch_is_tried_though_the_longest_rows_make_two() -> None:
+    """Sixteen rows of 170 tokens are two halves of 1,360; sixteen of 155 are one of 2,480."""
+    rows = _examples([170] * 16 + [155] * 48)
+    steps = Steps(rows, batch_size=16, seed=1).limited(2560)
+    real = max(b.input_ids.numel() for n in range(steps.total) for b in steps.step(n))
+    assert 0.97 * real <= steps.largest().input_ids.numel() <= steps.micro_batch_tokens
+    assert real > 2400
+
+
 @settings(max_examples=60)
 @given(keys=_settings(), processes=st.integers(1, 5))
 def test_processes_share_the_same_micro_batches(keys: dict[str, Any], processes: int) -> None:

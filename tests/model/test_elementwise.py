@@ -68,12 +68,28 @@ def _apart() -> Iterator[None]:
 @pytest.mark.usefixtures("_apart")
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own code
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
-def test_compiled_a_function_is_itself() -> None:
-    gate, up, grad = (normal(8, 16, seed=s).detach().float() for s in range(3))
-    expected = elementwise.silu_gate_backward(grad, gate, up)
-    assert elementwise.fuse_kernels(CPU, torch.float32) is None
-    for ours, theirs in zip(elementwise.silu_gate_backward(grad, gate, up), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_every_function_is_itself(dtype: torch.dtype) -> None:
+    x, up, grad = (normal(8, 16, seed=s).detach().to(dtype) for s in range(3))
+    weight, (cos, sin) = normal(16, seed=3).detach().to(dtype), torch.rand(2, 8, 4).to(dtype)
+    heads = x.view(8, 4, 4)
+
+    def everything() -> list[Tensor]:
+        normed, scale = elementwise.rms_norm(x, weight, 1e-5)
+        return [
+            normed,
+            *elementwise.rms_norm_backward(grad, x, weight, scale),
+            elementwise.silu_gate(x, up),
+            *elementwise.silu_gate_backward(grad, x, up),
+            elementwise.rotated(heads, cos, sin),
+        ]
+
+    expected = everything()
+    assert elementwise.fuse_kernels(CPU, dtype) is None
+    for ours, theirs in zip(everything(), expected, strict=True):
+        # Rounded at other places, or not at all between two operations.
+        unit = torch.finfo(dtype).eps
+        torch.testing.assert_close(ours, theirs, rtol=2 * unit, atol=4 * unit)
 
 
 @pytest.mark.usefixtures("_apart")

@@ -14,12 +14,12 @@ from lorakit.errors import BadInput
 from lorakit.model import base as base_models
 from lorakit.recipe.reader import read
 from lorakit.runtime import Runtime
+from lorakit.training import passports, summary
 from lorakit.training import plan as plans
-from lorakit.training import summary
 from lorakit.training.checkpoint import Checkpoint, State
 from lorakit.training.folder import RunFolder
 from lorakit.training.plan import Permissions, Plan, make
-from tests.tiny import write_tiny_model
+from tests.tiny import tiny_config, write_tiny_model
 
 ALONE = Runtime(torch.device("cpu"))
 
@@ -85,6 +85,25 @@ def test_packing_goes_where_it_was_not_asked_for_and_is_an_error_where_it_was(
     assert "run.packing-off" in [notice.id for notice in plan.notices]
     with pytest.raises(BadInput, match=r"data\.packing"):
         planned(folder, adapter={"method": "prefix"}, data={"packing": True})
+
+
+def test_kernels_are_compiled_where_that_pays(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned(folder)
+    assert not plan.compiled  # a short run
+    assert planned(folder, train={"compile": True}).compiled
+    flops = 4 * plan.shape.parameters * plan.steps.tokens
+    monkeypatch.setattr("lorakit.training.plan.WORTH_COMPILING", flops)
+    monkeypatch.setattr("lorakit.training.plan.which", lambda name: f"/usr/bin/{name}")
+    assert plan.compiled
+    assert not planned(folder, train={"compile": False}).compiled
+    other = replace(plan, base=replace(plan.base, config=tiny_config("gpt2")))
+    assert not other.compiled
+    assert passports.pinned(plan, ALONE)["compiled"] is True
+    monkeypatch.setattr("lorakit.training.plan.which", lambda _: None)
+    assert not plan.compiled
+    assert replace(plan, setup=replace(plan.setup, gpu=True)).compiled
 
 
 def test_a_run_that_goes_on_keeps_its_automatic_choices(folder: Path) -> None:
