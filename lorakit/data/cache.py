@@ -140,7 +140,8 @@ def _write(entry: Path, dataset: Dataset) -> None:
     with publish_folder(entry, replace=True, needed=needed) as folder:
         with (folder / _COLUMNS).open("wb") as file:
             for name in ordered:
-                columns[name].tofile(file)
+                # Not tofile(), which says nothing when the disk refuses.
+                file.write(np.ascontiguousarray(columns[name]).view(np.uint8).data)
         (folder / _FACTS).write_text(strict_json.dumps_line(facts), encoding="utf-8")
         write_manifest(folder)
 
@@ -186,13 +187,19 @@ def _read(entry: Path) -> Dataset | None:
 
 
 def _mapped(path: Path, columns: Sequence[tuple[str, str, int]]) -> dict[str, NDArray[Any]]:
-    """Map a file and return its columns, each given by its name, dtype and length."""
+    """Map a file and return its columns, each given by its name, dtype and length.
+
+    Raises:
+        ValueError: when they are not what the file holds.
+    """
     content = np.asarray(np.memmap(path, np.uint8, "r"))
     found, start = {}, 0
     for name, written_as, length in columns:
         dtype = TABLE if name.endswith(".table") else np.dtype(written_as)
         end = start + length * dtype.itemsize
         found[name], start = content[start:end].view(dtype), end
+    if start != len(content):
+        raise ValueError("the columns are not as long as they should be")
     return found
 
 

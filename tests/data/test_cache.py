@@ -2,7 +2,9 @@
 
 import dataclasses
 import os
+import resource
 import shutil
+import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +21,7 @@ from lorakit.data.prepare import Dataset
 from lorakit.data.tokens import MASKED, Example, Examples
 from lorakit.errors import BadInput, Place
 from lorakit.recipe.sections import Source
+from lorakit.storage.manifest import NAME, check_manifest, write_manifest
 from tests.data.given import ask, base_tokenizer, llama3_like, prepared, rows_file, section
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
@@ -217,6 +220,42 @@ def test_an_entry_under_another_name_is_not_believed(tmp_path: Path) -> None:
     shutil.rmtree(other)
     shutil.copytree(mine, other)
     assert plain(cached(tmp_path, section(path, train_on="all"))) == sound
+
+
+def test_columns_that_came_short_are_not_believed_whatever_the_manifest_says(
+    tmp_path: Path,
+) -> None:
+    """A disk refused a part, nobody said so, and the digests are of what is there."""
+    data = section(rows_file(tmp_path, ROWS))
+    first = plain(cached(tmp_path / "cache", data))
+    (entry,) = entries(tmp_path / "cache")
+    whole = (entry / "columns").stat().st_size
+    for length in (64, whole // 2 // 64 * 64, 0, 5):
+        os.truncate(entry / "columns", length)
+        (entry / NAME).unlink()
+        write_manifest(entry)
+        assert check_manifest(entry) is None
+        assert plain(cached(tmp_path / "cache", data)) == first
+
+
+def test_a_disk_that_refuses_the_columns_leaves_no_entry(tmp_path: Path) -> None:
+    """Not even one that lacks the last bytes: a buffer's, which are written when it is closed."""
+    data = section(rows_file(tmp_path, 50 * ROWS))
+    cached(tmp_path / "cache", data)
+    (entry,) = entries(tmp_path / "cache")
+    whole = (entry / "columns").stat().st_size
+    assert all(path.stat().st_size < whole - 100 for path in entry.glob("*.json"))
+    shutil.rmtree(entry)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (whole - 100, limits[1]))
+        found = cached(tmp_path / "cache", data)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert len(found.train) == 50 * len(ROWS)
+    assert entries(tmp_path / "cache") == []
 
 
 def test_a_cache_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
