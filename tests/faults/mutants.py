@@ -14,6 +14,8 @@ from pathlib import Path
 from types import CodeType
 from typing import Any
 
+import pytest
+
 from tests.faults.forked import run
 from tests.faults.subject import Subject
 from tests.faults.trials import Trial, all_trials
@@ -165,7 +167,7 @@ def _try_on(mutant: Mutant, folder: Path) -> int:
         for name in dict.fromkeys((*mutant.likely, *NOTICE)):
             print(f"{name} begins")  # noqa: T201
             _carry_out(trials[name], NOTICE[name], subject, folder)
-    except Exception as error:
+    except (Exception, pytest.fail.Exception) as error:
         print(f"noticed: {str(error)[:200]}")  # noqa: T201
         return 0
     return 1

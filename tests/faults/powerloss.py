@@ -44,8 +44,9 @@ class Recording:
         often = rng.choice((0.1, 0.5, 0.9))
         shutil.copytree(self.before, target, symlinks=True)
         syncs: Counter[str] = Counter()
+        lost: dict[Path, Path] = {}  # new names of what still has its old one
         for at, call in enumerate(self.calls[:length]):
-            paths = [Path(path) for path in call.paths]
+            paths = [_by_old_name(Path(path), lost) for path in call.paths]
             here = [target / path.relative_to(self.below) for path in paths]
             if call.name == "fsync":
                 self._settle(call.paths[0], syncs[call.paths[0]], here[0])
@@ -53,6 +54,8 @@ class Recording:
                 continue
             later = self.calls[at + 1 : length]
             if not _is_synced(paths[-1].parent, later) and rng.random() < often:
+                if call.name.startswith("rename"):
+                    lost[paths[1]] = paths[0]
                 continue
             if call.name.startswith("open") and here[0].parent.is_dir() and not here[0].exists():
                 here[0].write_bytes(self._unsynced(call.paths[0], rng))
@@ -143,6 +146,14 @@ def _keeping(action: Action, kept: Path) -> int | None:
 def _kept(folder: Path) -> Iterator[tuple[str, bytes]]:
     for path in sorted(folder.glob("*.path")):
         yield path.read_text(), path.with_suffix("").read_bytes()
+
+
+def _by_old_name(path: Path, lost: Mapping[Path, Path]) -> Path:
+    """Return where a file is whose folder, or that itself, was not renamed after all."""
+    for new, old in lost.items():
+        if path.is_relative_to(new):
+            return old / path.relative_to(new)
+    return path
 
 
 def _is_synced(folder: Path, calls: list[Call]) -> bool:
