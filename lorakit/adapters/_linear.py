@@ -125,15 +125,13 @@ class _Products(torch.autograd.Function):
         narrow = _narrow(x, call.updates, masks)
         outs, each = [], iter(narrow)
         for base, update in call.of:
-            if update is None:
-                y = _linear(x, base, added)
-            elif base is not None and x.dtype in HALVES:
-                y = _linear_onto(next(each), _scaled(update, call, x.dtype), x, base, added)
+            xA: Any = next(each) if update else None
+            if base is None and update:  # what the caller computed is left as it is
+                y = torch.addmm(_flat(added), xA, _scaled(update, call, x.dtype).t())
             else:
-                # What the caller computed is left as it is, what we have is added to in place.
-                add = torch.addmm if base is None else Tensor.addmm_
-                y = _flat(added) if base is None else _linear(x, base, added)
-                y = add(y, next(each), update.B.to(x.dtype).t(), alpha=call.scale(update))
+                y = _linear(x, base, update, xA, call)
+                if added is not None:  # last: it may be far larger than all else
+                    y.add_(_flat(added))
             # No view: autograd would forbid families such as Falcon to add to it in place.
             shape = [*tensors[0].shape[:-1], y.shape[-1]]
             outs.append(torch.ops.aten._unsafe_view(y, shape))
@@ -205,19 +203,16 @@ def _mask(drawn: Tensor, shape: torch.Size, device: torch.device, dropout: float
     return mask.bernoulli_(1 - dropout, generator=generator)
 
 
-def _linear(x: Tensor, base: Any, added: Tensor | None) -> Tensor:
-    """Return x Wᵀ + bias, and what it is added to."""
-    if added is None:
-        return functional.linear(x, dense_weight(base), base.bias)
-    y = torch.addmm(_flat(added), x, dense_weight(base).t())
-    return y if base.bias is None else y.add_(base.bias)
-
-
-def _linear_onto(xA: Tensor, B: Tensor, x: Tensor, base: Any, added: Tensor | None) -> Tensor:
-    """Return xA Bᵀ + x Wᵀ + bias, and what it is added to, the update first."""
+def _linear(x: Tensor, base: Any, update: Any, xA: Any, call: _Call) -> Tensor:
+    """Return x Wᵀ + bias and what the update, where there is one, makes of x Aᵀ."""
+    if update is None or x.dtype not in HALVES:
+        y = functional.linear(x, dense_weight(base), base.bias)
+        if update is not None:
+            y.addmm_(xA, update.B.to(x.dtype).t(), alpha=call.scale(update))
+        return y
+    B = _scaled(update, call, x.dtype)
     y = xA @ B.t() if base.bias is None else torch.addmm(base.bias, xA, B.t())
-    y.addmm_(x, dense_weight(base).t())
-    return y if added is None else y.add_(_flat(added))
+    return y.addmm_(x, dense_weight(base).t())
 
 
 def _scaled(update: LowRank, call: _Call, dtype: torch.dtype) -> Tensor:

@@ -96,6 +96,8 @@ def test_kernels_are_compiled_where_that_pays(
     flops = 4 * plan.shape.parameters * plan.steps.tokens
     monkeypatch.setattr("lorakit.training.plan.WORTH_COMPILING", flops)
     monkeypatch.setattr("lorakit.training.plan.which", lambda name: f"/usr/bin/{name}")
+    assert not plan.compiled  # in fp32
+    plan = replace(plan, shape=replace(plan.shape, dtype=torch.bfloat16))
     assert plan.compiled
     assert not planned(folder, train={"compile": False}).compiled
     other = replace(plan, base=replace(plan.base, config=tiny_config("gpt2")))
