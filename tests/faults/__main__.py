@@ -106,7 +106,7 @@ class Known:
 def _known() -> dict[tuple[str, str], Known]:
     """Return what is known, by trial and commit; the latest commit comes last."""
     found: dict[tuple[str, str], Known] = {}
-    for line in RESULTS.read_text().splitlines() if RESULTS.exists() else ():
+    for line in filter(None, RESULTS.read_text().splitlines() if RESULTS.exists() else ()):
         row = json.loads(line)
         known = found.setdefault((row["trial"], row["commit"]), Known())
         known.of = row["of"]
