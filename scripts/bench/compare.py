@@ -21,7 +21,7 @@ def losses(arms: list[dict[str, Any]], reference: str, truth: str | None = None)
     ran = {arm["name"]: arm for arm in arms if "losses" in arm}
     for arm in ran.values():
         same = (reference, f"{reference} {arm['dtype']}")
-        theirs = ran.get(truth or "") if arm["ours"] else None
+        theirs = ran.get(truth or "") if arm.get("ours") else None
         theirs = theirs or next(
             (ran[name] for name in same if name in ran and ran[name]["dtype"] == arm["dtype"]), None
         )

@@ -95,6 +95,7 @@ def test_a_gpu_is_tried_before_the_first_step(
     """A CPU that says of itself what a GPU does; nothing of the trial may be left in the run."""
     _, records, expected = carry_out(folder, tmp_path / "whole")
     monkeypatch.setattr(Runtime, "lags", True)
+    monkeypatch.setattr("lorakit.training.plan.Plan.compiled", False)
     real = shortage.token_loss
 
     def limited(model: Any, batch: Any) -> torch.Tensor:
