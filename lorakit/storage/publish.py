@@ -89,7 +89,11 @@ def remove_folder(folder: Path) -> None:
     with storage_errors(folder):
         aside = _beside(folder, "trash")
         os.rename(folder, aside)
-        sync(folder.parent)
+        try:
+            sync(folder.parent)
+        except OSError:
+            os.rename(aside, folder)  # not aside for good, so not to be deleted: whole, as before
+            raise
         _delete(aside)
 
 

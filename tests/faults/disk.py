@@ -46,8 +46,6 @@ def refused(subject: Subject, case: int, folder: Path) -> None:
     assert ended.code == 0 or max(good_steps(folder), default=0) >= max(before, default=0)
     if not call.name.startswith(("rename", "unlink")):
         left = [path.name for path in folder.rglob(".*") if is_aside(path.name)]
-        if call.name == "fsync":  # what is not aside for good is not deleted yet
-            left = [name for name in left if not name.startswith(".trash-")]
         assert not left, f"{call}, {error}: left behind: {left}"
     scenario.done(folder)
 
