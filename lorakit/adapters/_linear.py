@@ -169,7 +169,8 @@ class _Products(torch.autograd.Function):
             x, _ = call.source.forward(*inputs)
         grad_factors: list[Tensor | None] = [None] * len(need_factors)
         if need_A and x is not None:
-            grad_factors[::2] = _grad_of_A(Q, x, masks)
+            made = not isinstance(call.source, Itself)
+            grad_factors[::2] = _grad_of_A(Q, x, masks, in_place=made)
         if need_B:
             # The narrow factor first: it is the one that is turned around in memory.
             grad_factors[1::2] = [
@@ -262,8 +263,12 @@ def _terms(
             yield g, dense_weight(base)
 
 
-def _grad_of_A(Q: Sequence[Tensor], x: Tensor, masks: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return Qᵀ x of each update, (r, inputs), in fp32."""
+def _grad_of_A(
+    Q: Sequence[Tensor], x: Tensor, masks: Sequence[Tensor], *, in_place: bool
+) -> Sequence[Tensor]:
+    """Return Qᵀ x of each update, (r, inputs); x made for this alone is masked in place at last."""
     if masks:
-        return [(q.t() @ (x * mask)) for q, mask in zip(Q, masks, strict=True)]
+        *others, last = masks
+        grads = [q.t() @ (x * mask) for q, mask in zip(Q, others, strict=False)]
+        return [*grads, Q[-1].t() @ (x.mul_(last) if in_place else x * last)]
     return torch.split(torch.cat(list(Q), dim=1).t() @ x, [q.shape[1] for q in Q])

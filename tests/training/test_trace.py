@@ -104,15 +104,13 @@ def test_a_layer_keeps_what_the_formulas_say(lean: bool, targets: Any, per_token
 
 
 def test_a_gpu_keeps_no_masks() -> None:
-    f = 1792
-    config = llama(512, f, 2, 8, 2, 320)
+    config = llama(512, 1792, 2, 8, 2, 320)
     dropped, plain = (
         trace(adapted(config, "meta", torch.bfloat16, rank=4, dropout=p), 64, packed=True, gpu=True)
         for p in (0.1, 0.0)
     )
     assert dropped.layers[1].saved.slope == plain.layers[1].saved.slope
-    # One x at a time without the entries that an update does not see.
-    assert dropped.layers[1].peak.slope <= plain.layers[1].peak.slope + 2 * f
+    assert dropped.layers[1].peak.slope == pytest.approx(plain.layers[1].peak.slope, rel=0.1)
 
 
 def test_what_cannot_be_traced_is_guessed_from_its_widths() -> None:
