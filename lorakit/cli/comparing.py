@@ -7,6 +7,7 @@ from lorakit.cli.screen import Screen
 from lorakit.errors import BadInput, LorakitError, Notice
 from lorakit.export.losses import few, measure
 from lorakit.export.merge import Plan
+from lorakit.export.target import check_memory
 from lorakit.model.base import load_tokenizer
 from lorakit.recipe.sections import Recipe
 from lorakit.runtime import Runtime, resolve_dtype
@@ -29,6 +30,7 @@ def losses_of(
     tokenizer, dtype = load_tokenizer(plan.base), resolve_dtype("auto", runtime.device)
     subject = Subject(plan.saved, None, plan.base, tokenizer, runtime, dtype)
     try:
+        check_memory(plan.base, plan.quantization)
         task = task_of(screen, recipe, subject, None, allow_local_code=allow_local_code)
         rows = few(task.examples)
         if not rows:

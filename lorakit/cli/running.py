@@ -151,9 +151,11 @@ def merge_run(
     # A merge that stood there before the run was refused then, or may be overwritten.
     options = Options(dtype=section.dtype, overwrite=True, base_weights=section.base_weights)
     with planned(saved, plan.base, Path(section.out), options) as merging:
-        losses = losses_of(
-            screen, merging, plan.recipe, runtime, allow_local_code=permissions.local_code
-        )
+        losses = None
+        if section.measure:
+            losses = losses_of(
+                screen, merging, plan.recipe, runtime, allow_local_code=permissions.local_code
+            )
         with screen.progress("Merging", merging.work) as advance:
             report = merge(merging, runtime, advance, losses)
     screen.say(f"Verified  {verdict(report)}")

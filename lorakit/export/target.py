@@ -8,13 +8,16 @@ dense again. Which is better is for held-out rows to say: `losses` asks them.
 import torch
 
 from lorakit.adapters import Saved
-from lorakit.errors import BadInput
-from lorakit.model.base import Base
+from lorakit.errors import BadInput, RunFailed
+from lorakit.model.base import Base, skeleton
 from lorakit.model.dequantised import dequantised
 from lorakit.model.quantized import Quantization
+from lorakit.model.quantizer import quantizable
 from lorakit.model.weights import Weights
 from lorakit.recipe.sections import BaseWeights
-from lorakit.runtime import DTYPES
+from lorakit.runtime import DTYPES, available_bytes
+
+GIB = 2**30
 
 
 def trained_on(saved: Saved, base: Base) -> Quantization | None:
@@ -27,6 +30,7 @@ def open_target(saved: Saved, base: Base, which: BaseWeights) -> Weights:
 
     Raises:
         BadInput: `usage` when dense ones, or nobody knows which, are to be dequantised.
+        RunFailed: `run.out-of-memory` when they cannot be held for that.
     """
     if which == "original":
         return base.weights()
@@ -43,5 +47,23 @@ def open_target(saved: Saved, base: Base, which: BaseWeights) -> Weights:
             help="without it the adapter is merged into the base as it is",
         )
     dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+    check_memory(base, how)
     # Without a passport nothing tells what dequantised weights were rounded to.
     return dequantised(base, how, dtypes.get(str(passport.get("dtype")), torch.float32))
+
+
+def check_memory(base: Base, how: Quantization) -> None:
+    """Check that the weights can be held quantised, as they are while they are made dense again.
+
+    Raises:
+        RunFailed: `run.out-of-memory`.
+    """
+    sites = quantizable(skeleton(base))
+    needed, free = how.held_bytes((site.outputs, site.inputs) for site in sites), available_bytes()
+    if needed > free:
+        raise RunFailed(
+            "run.out-of-memory",
+            f"holding {base.name} in {how} takes {needed / GIB:.1f} GiB of this machine's memory, "
+            f"{free / GIB:.1f} are free",
+            help="free some, or merge into the original weights without measuring losses",
+        )

@@ -9,7 +9,7 @@ bitsandbytes quantises and dequantises. It takes seconds to import, which others
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import copy
 from functools import cache, cached_property
 from importlib.util import find_spec
@@ -26,6 +26,9 @@ from lorakit.recipe import sections
 
 Form = Literal["nf4", "fp4", "int8"]
 INT8_STEPS = 127.0
+# Bits a quantised weight: 4, and an fp32 scale for each 64 of them; double quantisation keeps the
+# scales in 8 bits, and an fp32 scale for each 256 of those.
+BITS_4, BITS_4_DOUBLE = 4 + 32 / 64, 4 + 8 / 64 + 32 / (64 * 256)
 
 
 class Quantization(NamedTuple):
@@ -65,6 +68,14 @@ class Quantization(NamedTuple):
         """Return how the base was held that an adapter was trained on."""
         form: Any = passport.get("quantization")
         return cls(form, passport.get("double_quant") is True) if form in get_args(Form) else None
+
+    def held_bytes(self, shapes: Iterable[tuple[int, int]]) -> int:
+        """Return what weights (outputs, inputs) take, their scales included."""
+        shapes = list(shapes)
+        numbers = sum(map(math.prod, shapes))
+        if self.form == "int8":
+            return numbers + 4 * sum(outputs for outputs, _ in shapes)
+        return math.ceil(numbers * (BITS_4_DOUBLE if self.double else BITS_4) / 8)
 
     def __str__(self) -> str:
         return self.form if self.form == "int8" or not self.double else f"{self.form}, double"

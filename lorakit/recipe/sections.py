@@ -318,6 +318,7 @@ class Merge(Section):
         description="of a base that training holds in 4 or 8 bits: those that this is made from, "
         "or its own, dequantised; the loss of both is measured where there are eval rows",
     )
+    measure: bool = Field(True, description="of such a base: the losses before and after")
     out: str = Field("{output_dir}/merged", min_length=1, description="folder of the merged model")
 
 

@@ -25,9 +25,6 @@ OVERHEAD, CONTEXT = 600 << 20, 500 << 20
 # on glibc 2.36 as `lorakit train` sets it (`processes.tunables`): 8 MiB of code, 9 of scratch, and
 # gaps of 6 to 37 %, the larger ones in bf16 and where layers are many and small.
 LIBRARIES, GAPS = 17 << 20, 0.20
-# Bits a quantised weight: 4, and an fp32 scale for each 64 of them; double quantisation keeps the
-# scales in 8 bits, and an fp32 scale for each 256 of those (Dettmers et al. 2023, 2305.14314).
-BITS_4, BITS_4_DOUBLE = 4 + 32 / 64, 4 + 8 / 64 + 32 / (64 * 256)
 # 8-bit states come in blocks with an fp32 scale each; small tensors keep fp32 states
 # (Dettmers et al. 2021, 2110.02861, as bitsandbytes has it).
 STATE_BLOCK, STATE_SMALLEST = 256, 4096
@@ -162,11 +159,8 @@ def weight_bytes(shape: Shape, how: Quantization | None) -> int:
     size = shape.dtype.itemsize
     if how is None:
         return size * shape.parameters
-    quantised = sum(map(prod, shape.linears))
-    rest = size * (shape.parameters - quantised)
-    if how.form == "int8":
-        return rest + quantised + 4 * sum(outputs for outputs, _ in shape.linears)
-    return rest + ceil(quantised * (BITS_4_DOUBLE if how.double else BITS_4) / 8)
+    dense = size * (shape.parameters - sum(map(prod, shape.linears)))
+    return dense + how.held_bytes(shape.linears)
 
 
 def optimizer_bytes(shape: Shape, optimizer: str) -> int:

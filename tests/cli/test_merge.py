@@ -9,6 +9,7 @@ import yaml
 from typer.testing import CliRunner
 
 from lorakit.cli.app import app
+from lorakit.export import target
 from lorakit.model.quantized import Quantization
 from tests.export.adapters import find_base
 from tests.model.test_quantized import by_transformers
@@ -96,6 +97,24 @@ def test_losses_need_rows_and_may_be_left_out(folder: Path) -> None:
     (folder / "runs" / "r" / "resolved.yaml").unlink()
     unknown = run("merge", "runs/r", "--out", "c", "--base", "tiny")
     assert "Measured  no losses: there is no recipe" in unknown.stderr
+
+
+def test_a_recipe_may_leave_the_losses_out(folder: Path) -> None:
+    assert "Measured" not in train(folder, merge={"measure": False}).stderr
+    assert report(folder / "runs" / "r" / "merged")["losses"] is None
+
+
+def test_a_base_too_large_to_be_held_is_neither_measured_nor_merged_into(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(folder, merge={"enabled": False})
+    monkeypatch.setattr(target, "available_bytes", lambda: 1000)
+    merged = run("merge", "runs/r", "--out", "a")
+    assert "warning[merge.not-measured]: losses are not measured: holding" in merged.stderr
+    assert report(folder / "a")["losses"] is None
+    refused = run("merge", "runs/r", "--out", "b", "--base-weights", "dequantised", exit=3)
+    assert "error[run.out-of-memory]: holding" in refused.stderr
+    assert not (folder / "b").exists()
 
 
 def test_an_adapter_of_dense_weights_has_none_to_dequantise(folder: Path) -> None:

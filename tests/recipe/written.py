@@ -97,6 +97,7 @@ RECIPES = st.builds(
             enabled=st.booleans(),
             dtype=st.sampled_from(["keep", "fp16"]),
             base_weights=st.sampled_from(["original", "dequantised"]),
+            measure=st.booleans(),
         ),
         output_dir=st.builds(
             lambda folder, end: f"{folder}/{end}",
