@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -76,19 +77,27 @@ def listed(action: Action, below: Path, log: Path) -> list[Call]:
 
 def killed_before(call: Call, action: Action) -> Ended:
     """Carry out an action in a child that is killed before one call takes effect."""
-    return _injected(call, action, "signal=KILL")
-
-
-def refused_at(call: Call, action: Action, error: str) -> Ended:
-    """Carry out an action in a child of which one call fails with an error such as `ENOSPC`."""
-    return _injected(call, action, f"error={error}")
-
-
-def _injected(call: Call, action: Action, what: str) -> Ended:
-    inject = f"inject={call.name}:{what}:when={call.number}"
-    ended, complaint = _traced(action, "-e", f"trace={call.name}", "-e", inject, "-o", "/dev/null")
-    assert ended, complaint
+    ended, _ = _injected(call, action, "signal=KILL")
     return ended
+
+
+def refused_at(call: Call, action: Action, error: str) -> tuple[Ended, str]:
+    """Carry out an action in a child of which one call fails with an error such as `ENOSPC`.
+
+    Returns how it ended, and the call that failed as strace shows it: calls are told by number, and
+    what only reads is not called equally often each time, so it may be another than was asked for.
+    """
+    ended, lines = _injected(call, action, f"error={error}")
+    return ended, next((line for line in lines if "(INJECTED)" in line), "none")
+
+
+def _injected(call: Call, action: Action, what: str) -> tuple[Ended, list[str]]:
+    inject = f"inject={call.name}:{what}:when={call.number}"
+    with tempfile.NamedTemporaryFile("r", errors="replace") as log:
+        options = ("-y", "-s", "0", "-e", f"trace={call.name}", "-e", inject, "-o", log.name)
+        ended, complaint = _traced(action, *options)
+        assert ended, complaint
+        return ended, log.read().splitlines()
 
 
 def _traced(action: Action, *options: str) -> tuple[Ended | None, str]:
