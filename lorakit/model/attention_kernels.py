@@ -6,15 +6,17 @@ fall into documents. What a kernel returns besides its output is kept for its ba
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from functools import cache
+from itertools import groupby, pairwise
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-# Up to here bf16 matrix products beat the fused backward kernel of CPUs, which converts all it
-# reads; in fp32 the fused one wins.
-GROUPED_TOKENS = 512
+# Documents up to this long are faster by batched products than by the fused kernels of CPUs, which
+# convert all they read; in fp32 those win. With AMX only in the backward pass.
+GROUPED_TOKENS, GROUPED_TOKENS_AMX = 2048, 512
+TILE = 128  # tokens, whose scores stay in a core's cache
 # What the variable-length kernel of GPUs takes.
 HALVES, HEAD_DIM, HEAD_STEP = (torch.float16, torch.bfloat16), 256, 8
 
@@ -59,33 +61,62 @@ class Documents:
             start += count * length
 
 
+def grouped(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Return causal attention by batched products: q (documents, heads, tokens, dim) to the same.
+
+    All query heads of a key head are in one product, `TILE` of their tokens at a time, which sees
+    the keys up to its end. Scores are fp32, as in the fused kernel.
+    """
+    out = torch.empty_like(q)
+    k, v = (states.flatten(0, 1) for states in (k, v))
+    wide = k.to(torch.promote_types(k.dtype, torch.float32))
+    for rows in _tiles(q.shape[2]):
+        seen = slice(rows.stop)
+        queries = _tile(q, rows, len(k)).to(wide.dtype)
+        p = _probabilities(queries, wide[:, seen], rows, scale).to(q.dtype)
+        out[:, :, rows] = torch.bmm(p, v[:, seen]).view(*q.shape[:2], -1, q.shape[3])
+    return out
+
+
 def grouped_gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of causal attention's q, k and v by batched products.
+    """Return the gradients of causal attention's q, k and v in the same way, in their dtype.
 
-    q (documents, heads, tokens, dim). All query heads of a key head are in one product; the
-    probabilities are computed again.
+    The probabilities are computed again.
     """
-    shapes = q.shape, k.shape, v.shape
-    groups, dim = q.shape[0] * k.shape[1], q.shape[-1]
-    grad, q, k, v = (states.reshape(groups, -1, dim) for states in (grad, q, k, v))
-    p = _probabilities(q, k, scale)
-    dv = torch.bmm(p.transpose(1, 2), grad)
-    ds = torch.bmm(grad, v.transpose(1, 2))
-    # In place: these matrices are the largest tensors of a layer.
-    torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
-    dq = torch.bmm(ds, k).mul_(scale)
-    dk = torch.bmm(ds.transpose(1, 2), q).mul_(scale)
-    dq, dk, dv = (d.view(shape) for d, shape in zip((dq, dk, dv), shapes, strict=True))
-    return dq, dk, dv
+    shape, tokens = k.shape, q.shape[2]
+    k, v = (states.flatten(0, 1) for states in (k, v))
+    dq, dk, dv = (torch.empty_like(states) for states in (q, k, v))
+    for rows in reversed(list(_tiles(tokens))):
+        seen = slice(rows.stop)
+        adds = int(rows.stop < tokens)  # the last tile, which sees all keys, begins their sums
+        queries, grads = (_tile(states, rows, len(k)) for states in (q, grad))
+        p = _probabilities(queries, k[:, seen], rows, scale)
+        dv[:, seen].baddbmm_(p.transpose(1, 2), grads, beta=adds)
+        ds = torch.bmm(grads, v[:, seen].transpose(1, 2))
+        torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
+        dq[:, :, rows] = torch.bmm(ds, k[:, seen]).mul_(scale).view(*q.shape[:2], -1, q.shape[3])
+        dk[:, seen].baddbmm_(ds.transpose(1, 2), queries, beta=adds, alpha=scale)
+    return dq, dk.view(shape), dv.view(shape)
 
 
-def _probabilities(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """Return softmax(scale * q k + causal mask): (groups, query heads * tokens, tokens)."""
-    length = k.shape[1]
-    future = torch.full((length, length), float("-inf"), dtype=q.dtype, device=q.device).triu_(1)
-    mask = future.repeat(q.shape[1] // length, 1).expand(len(q), -1, -1)
+def _tiles(tokens: int) -> Iterator[slice]:
+    count = -(-tokens // TILE)
+    edges = [tokens * number // count for number in range(count + 1)]
+    return (slice(start, stop) for start, stop in pairwise(edges))
+
+
+def _tile(states: Tensor, rows: slice, groups: int) -> Tensor:
+    """Return some tokens of all heads, those of one key head end to end: (groups, rows, dim)."""
+    return states[:, :, rows].reshape(groups, -1, states.shape[-1])
+
+
+def _probabilities(q: Tensor, k: Tensor, rows: slice, scale: float) -> Tensor:
+    """Return softmax(scale * q k + causal mask): (groups, heads of each * rows, keys)."""
+    tokens, keys = rows.stop - rows.start, k.shape[1]
+    future = torch.full((tokens, keys), float("-inf"), dtype=q.dtype, device=q.device)
+    mask = future.triu_(rows.start + 1).repeat(q.shape[1] // tokens, 1).expand(len(q), -1, -1)
     scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale)
     return torch.softmax(scores, -1, out=scores)
 
@@ -102,26 +133,28 @@ class OnHost:
         out, sums = torch.empty_like(q), []
         for at, count, length in self.documents.within(len(q)):
             qs, ks, vs = (by_document(t[at], count, length) for t in (q, k, v))
-            piece, kept = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                qs, ks, vs, 0.0, True, scale=self.scale
-            )
+            if _is_grouped(q, length) and not _has_amx():
+                piece = grouped(qs, ks, vs, self.scale)
+            else:
+                piece, kept = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                    qs, ks, vs, 0.0, True, scale=self.scale
+                )
+                sums += [] if _is_grouped(q, length) else [kept]
             by_document(out[at], count, length).copy_(piece)
-            sums.append(kept)
         return out, sums
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *sums: Tensor
     ) -> tuple[Tensor, ...]:
         """Return the gradients of q, k and v."""
-        grads = tuple(map(torch.empty_like, (q, k, v)))
-        runs = self.documents.within(len(q))
-        for (at, count, length), lse in zip(runs, sums, strict=True):
+        grads, kept = tuple(map(torch.empty_like, (q, k, v))), iter(sums)
+        for at, count, length in self.documents.within(len(q)):
             g, qs, ks, vs, o = (by_document(t[at], count, length) for t in (grad, q, k, v, out))
             if _is_grouped(q, length):
                 pieces = grouped_gradients(g, qs, ks, vs, self.scale)
             else:
                 backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-                pieces = backward(g, qs, ks, vs, o, lse, 0.0, True, scale=self.scale)
+                pieces = backward(g, qs, ks, vs, o, next(kept), 0.0, True, scale=self.scale)
             for whole, piece in zip(grads, pieces, strict=True):
                 by_document(whole[at], count, length).copy_(piece)
         return grads
@@ -184,4 +217,10 @@ def by_document(states: Tensor, count: int, length: int) -> Tensor:
 
 
 def _is_grouped(query: Tensor, length: int) -> bool:
-    return query.dtype is torch.bfloat16 and length <= GROUPED_TOKENS
+    most = GROUPED_TOKENS_AMX if _has_amx() else GROUPED_TOKENS
+    return query.dtype is torch.bfloat16 and length <= most
+
+
+@cache
+def _has_amx() -> bool:
+    return torch.cpu._is_amx_tile_supported()

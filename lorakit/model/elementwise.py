@@ -109,6 +109,21 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned
 
 
+@_fusable
+def softmax_nll(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return p = softmax(logits) in their dtype, and -log p[target], (rows, 1), in fp32 or wider.
+
+    With x the logits, log Σ exp(x) = max x - log max p, where max p is never tiny.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    highest, chosen = wide.amax(-1, keepdim=True), wide.gather(1, targets)
+    # On a CPU in place; as a kernel, and on a GPU, it is made elsewhere.
+    in_place = wide.device.type == "cpu" and not torch.compiler.is_compiling()
+    p = torch.softmax(wide, -1, out=wide if in_place else None)
+    nll = highest - p.amax(-1, keepdim=True).log() - chosen
+    return p.to(logits.dtype), nll
+
+
 class Itself(NamedTuple):
     """The input as it is."""
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from lorakit.model.elementwise import softmax_nll
 from lorakit.model.families import plain_head
 from lorakit.model.inputs import Tokens, forward_inputs, trained_positions
 
@@ -72,16 +73,12 @@ class _HeadLoss(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=_wide(hidden[:0]).dtype)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for rows in _chunks(len(hidden), len(weight), hidden.device):
-            logits, places = _wide(F.linear(hidden[rows], weight, bias)), targets[rows, None]
-            highest, at = logits.max(-1, keepdim=True)
-            chosen = logits.gather(1, places)
-            p = _softmax(logits)
-            del logits
-            # log Σ exp(x) = x_max - log p_max, where p_max is never tiny.
-            total += (highest - p.gather(1, at).log_() - chosen).sum()
+            places = targets[rows, None]
+            p, nll = softmax_nll(F.linear(hidden[rows], weight, bias), places)
+            total += nll.sum()
             if grad is not None:
-                p.scatter_add_(1, places, -torch.ones_like(places, dtype=p.dtype))
-                torch.mm(p.to(weight.dtype), weight, out=grad[rows])
+                p.scatter_(1, places, torch.expm1(-nll).to(p.dtype))
+                torch.mm(p, weight, out=grad[rows])
             del p  # gone before the next chunk is made
         ctx.save_for_backward(grad)
         return total
@@ -113,12 +110,6 @@ def _chunks(rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]
     budget = CHUNK_BYTES.get(device.type, CHUNK_BYTES_GPU)
     size = max(fewest, min(most, budget // (4 * vocabulary)))
     return (slice(start, start + size) for start in range(0, rows, size))
-
-
-def _softmax(logits: Tensor) -> Tensor:
-    """Return the softmax of logits (n, vocabulary); on a CPU they become it."""
-    out = logits if logits.device.type == "cpu" else None
-    return torch.softmax(logits, -1, out=out)
 
 
 def _wide(tensor: Tensor) -> Tensor:
