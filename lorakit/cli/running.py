@@ -28,6 +28,8 @@ from lorakit.training.plan import Permissions, Plan, make
 from lorakit.training.progress import GIB, Reporter, duration
 from lorakit.training.run import Outcome
 
+LARGE = 4 * GIB  # bytes of weights, which take seconds to read
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -57,6 +59,8 @@ def run(
     try:
         with folders.interruptible(path) if goes_on else nullcontext():
             plan = planned_run(screen, recipe, permissions, mode, runtime)
+            if plan.memory.parts["weights"] > LARGE:
+                screen.say("Reading   every byte of the base once, so that a resume knows it again")
             pinned = passports.pinned(plan, runtime)
             with folders.opened(path, mode, runtime, pinned, allow_inexact=allow_inexact) as folder:
                 stop = Stop(grace)

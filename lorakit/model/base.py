@@ -40,6 +40,7 @@ from lorakit.model.weights import Loaded, Unread, Weights, has_weights, open_fol
 from lorakit.recipe import sections
 from lorakit.storage.hashing import sha256_file
 from lorakit.storage.paths import hub_cache
+from lorakit.threads import Threads
 
 # Its annotations leave out half of what it returns.
 _AUTO: Any = AutoModelForCausalLM
@@ -99,6 +100,13 @@ class Base:
             return sha256_file(self.gguf)
         with self.weights() as weights:
             return weights.fingerprint()
+
+    def weights_sha256(self) -> str:
+        """Return a digest of every byte of the weights."""
+        if self.gguf:
+            return self.fingerprint
+        with self.weights() as weights, Threads() as threads:
+            return weights.sha256(threads)
 
     def tokenizer_sha256(self) -> str:
         """Return a digest of the tokenizer's files; that of a GGUF file is in its fingerprint."""

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from lorakit.errors import BadInput, RunFailed
 from lorakit.storage import strict_json
+from lorakit.storage.hashing import sha256_json
 from lorakit.storage.paths import PICKLES, inside, refuse_pickle
 from lorakit.storage.redact import printable
-from lorakit.storage.tensors import ALL_ROWS, TensorFile
+from lorakit.storage.tensors import ALL_ROWS, PIECE, TensorFile
+from lorakit.threads import Threads
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -131,6 +133,18 @@ class Weights:
                 stored = self.read(name, rows).reshape(-1).view(torch.uint8)
                 digest.update(stored.numpy().tobytes())
         return digest.hexdigest()
+
+    def sha256(self, threads: Threads) -> str:
+        """Return a digest of every byte of the files, which threads read in pieces."""
+        files = {name: file for name, file in self.sources.items() if isinstance(file, TensorFile)}
+        pieces = [(n, at) for n, file in files.items() for at in range(0, file.layout.size, PIECE)]
+        digests: dict[str, str] = {}
+        threads.each(
+            lambda piece: (f"{piece[0]} {piece[1]}", files[piece[0]].piece_sha256(piece[1])),
+            pieces,
+            lambda found: digests.update([found]),
+        )
+        return sha256_json(digests)
 
     def close(self) -> None:
         """Close the files; tensors that were read stay."""

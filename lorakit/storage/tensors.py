@@ -5,6 +5,7 @@ syncs what it writes nor honours the umask (version 0.8). `header.py` has the fo
 """
 
 import errno
+import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 ALL_ROWS = slice(None)
+PIECE = 16 << 20  # bytes that are digested as one
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -97,6 +99,17 @@ class TensorFile:
         """
         entry = self.layout.entries[name]
         copy_all(self._file.fileno(), target, entry.start, entry.end, offset)
+
+    def piece_sha256(self, start: int) -> str:
+        """Return the digest of `PIECE` bytes of the file from `start` on, or of what is left.
+
+        Raises:
+            RunFailed: when the file has shrunk or the disk cannot read it.
+        """
+        piece = bytearray(min(PIECE, self.layout.size - start))
+        with self._errors():
+            self._read_into(memoryview(piece), start)
+        return hashlib.sha256(piece).hexdigest()
 
     def close(self) -> None:
         """Close the file; tensors that were read stay."""

@@ -71,7 +71,7 @@ def pinned(plan: Plan, runtime: Runtime) -> dict[str, Any]:
         "tokenizer": plan.base.tokenizer_sha256(),
         "order": plan.steps.order_sha256(0),
         "template": sha256_json(plan.dataset.chat_template),
-        "base": plan.base.fingerprint,
+        "base": plan.base.weights_sha256(),
         "dtype": str(plan.dtype).removeprefix("torch."),
         "device": runtime.describe(),
         "processes": runtime.processes,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 
 from lorakit import adapters
 from lorakit.errors import BadInput, Interrupted, RunFailed
+from lorakit.model import weights
 from lorakit.processes import Stop
 from lorakit.recipe.reader import read
 from lorakit.runtime import Runtime
@@ -208,6 +210,27 @@ def test_a_changed_recipe_is_not_resumed(folder: Path, tmp_path: Path) -> None:
         carry_out(folder, tmp_path / "run", stop_after=2)
     with pytest.raises(BadInput, match=r"train\.learning_rate was 0\.01 and is 0\.02"):
         carry_out(folder, tmp_path / "run", "resume", learning_rate=0.02)
+
+
+def test_one_bit_of_the_base_that_no_fingerprint_sees_is_not_resumed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "_SMALL", 1 << 10)  # so that of these tensors rows are sampled too
+    folder = Path(shutil.copytree(folder, tmp_path / "own"))
+    with pytest.raises(Interrupted):
+        carry_out(folder, tmp_path / "run", stop_after=2)
+    file, before = folder / "model" / "model.safetensors", find(folder / "model").fingerprint
+    stored = file.read_bytes()
+    header = int.from_bytes(stored[:8], "little") + 8
+    places = json.loads(stored[8:header])["model.embed_tokens.weight"]
+    row = (places["data_offsets"][1] - places["data_offsets"][0]) // places["shape"][0]
+    at = header + places["data_offsets"][0] + 5 * row  # the sixth row, which is between samples
+    file.write_bytes(stored[:at] + bytes([stored[at] ^ 1]) + stored[at + 1 :])
+    assert find(folder / "model").fingerprint == before
+    with pytest.raises(BadInput, match="base was '"):
+        carry_out(folder, tmp_path / "run", "resume")
+    file.write_bytes(stored)
+    carry_out(folder, tmp_path / "run", "resume")
 
 
 @pytest.mark.parametrize("during", [False, True])
