@@ -75,6 +75,7 @@ BANNED_MODULES = {"pickle", "cPickle", "dill", "shelve", "marshal", "joblib", "c
 # each, for kinds of sources that most runs do not have.
 LATE_IMPORTS = {
     ("adapters/__init__.py", "get"),
+    ("model/liger.py", "found"),
     ("model/quantized.py", "_library"),
     ("training/optim.py", "_library"),
     ("data/source.py", "_from_hub"),

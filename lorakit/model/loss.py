@@ -6,6 +6,8 @@ are there logits for more than one chunk. Every other case asks the model for it
 trained rows.
 """
 
+import math
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from lorakit.model import liger
 from lorakit.model.elementwise import softmax_nll
 from lorakit.model.families import plain_head
 from lorakit.model.inputs import Tokens, forward_inputs, trained_positions
@@ -25,6 +28,10 @@ from lorakit.model.inputs import Tokens, forward_inputs, trained_positions
 CHUNK_BYTES = {"cpu": 30 << 20}
 CHUNK_BYTES_GPU = 256 << 20
 CHUNK_ROWS = (64, 1024)
+OWN = "own"
+SAME = 1e-3  # relative difference of two losses in half precision
+
+_liger: liger.HeadLoss | None = None
 
 
 def token_loss(model: PreTrainedModel, batch: Tokens) -> Tensor:
@@ -65,21 +72,49 @@ def head_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tens
     return total
 
 
+def take_faster(model: PreTrainedModel, rows: int) -> str:
+    """Take whose head loss is faster for so many trained tokens, ours or Liger's; return its name.
+
+    Liger's is not taken where it is not installed, fails, or computes another loss.
+    """
+    global _liger
+    _liger = None
+    head, theirs = plain_head(model), liger.found()
+    if head is None or theirs is None:
+        return OWN
+    weight, generator = head.weight, torch.Generator(model.device).manual_seed(0)
+    options: Any = {"device": weight.device, "generator": generator}
+    hidden = torch.randn(rows, weight.shape[1], dtype=weight.dtype, **options)
+    targets = torch.randint(len(weight), (rows,), **options)
+    try:
+        (ours, own), (value, other) = (
+            _timed(way, hidden, weight, head.bias, targets) for way in (_in_chunks, theirs)
+        )
+    except Exception:  # a kernel that does not compile shows itself in many ways
+        return OWN
+    if other >= own or not math.isclose(ours, value, rel_tol=SAME):
+        return OWN
+    _liger = theirs
+    return "liger"
+
+
+def _timed(way: liger.HeadLoss, *given: Any) -> tuple[float, float]:
+    """Return the loss and the seconds of the fastest of some calls; the first compiles."""
+    seconds = []
+    for _ in range(4):
+        began = time.perf_counter()
+        total, _ = way(*given)
+        value = total.item()  # waits for a GPU
+        seconds.append(time.perf_counter() - began)
+    return value, min(seconds)
+
+
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
     ) -> Tensor:
-        total = hidden.new_zeros((), dtype=_wide(hidden[:0]).dtype)
-        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for rows in _chunks(len(hidden), len(weight), hidden.device):
-            places = targets[rows, None]
-            p, nll = softmax_nll(F.linear(hidden[rows], weight, bias), places)
-            total += nll.sum()
-            if grad is not None:
-                p.scatter_(1, places, torch.expm1(-nll).to(p.dtype))
-                torch.mm(p, weight, out=grad[rows])
-            del p  # gone before the next chunk is made
+        total, grad = (_liger or _in_chunks)(hidden, weight, bias, targets)
         ctx.save_for_backward(grad)
         return total
 
@@ -88,6 +123,22 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         return grad * scale, None, None, None
+
+
+def _in_chunks(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the summed loss and the gradient of hidden (n, dim)."""
+    total = hidden.new_zeros((), dtype=_wide(hidden[:0]).dtype)
+    grad = torch.empty_like(hidden)
+    for rows in _chunks(len(hidden), len(weight), hidden.device):
+        places = targets[rows, None]
+        p, nll = softmax_nll(F.linear(hidden[rows], weight, bias), places)
+        total += nll.sum()
+        p.scatter_(1, places, torch.expm1(-nll).to(p.dtype))
+        torch.mm(p, weight, out=grad[rows])
+        del p  # gone before the next chunk is made
+    return total, grad
 
 
 def _hidden(model: PreTrainedModel, batch: Tokens, where: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from lorakit.errors import EnvironmentLacks
 from lorakit.model import base as base_models
 from lorakit.model.checkpointing import checkpoint_layers
 from lorakit.model.elementwise import fuse_kernels, keep_kernels_apart
+from lorakit.model.loss import take_faster
 from lorakit.processes import Stop
 from lorakit.runtime import Runtime, make_deterministic
 from lorakit.training import checkpoint, optim, passports
@@ -95,6 +96,9 @@ def prepare(plan: Plan, runtime: Runtime, folder: RunFolder, reporter: Reporter,
         method = plan.method
         adapters.attach(method, model, sites, seed=plan.recipe.seed)
         method.start(model, sites, plan.steps.step(0, whole=True))
+    if runtime.lags and not settings.deterministic:  # a resume may find the other one faster
+        trained = max(1, int(plan.setup.tokens * plan.setup.share))
+        folder.note(loss=take_faster(model, trained))
     queue = runtime.copy_queue() if plan.setup.offload else None
     checkpoint_layers(model, plan.setup.recomputed, queue=queue)
     adapters.set_training(model, True)

@@ -1,6 +1,9 @@
 """The loss: equal to transformers' own on every path, with exact gradients."""
 
+import sys
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lorakit.model import loss
+from lorakit.model import liger, loss
 from lorakit.model.families import plain_head
-from lorakit.model.loss import head_loss, token_loss, token_scores
+from lorakit.model.loss import head_loss, take_faster, token_loss, token_scores
 from tests.model.batches import documents, padded
 from tests.tiny import FAMILIES, tiny_model
 
@@ -131,6 +134,70 @@ def test_targets_whose_probability_is_zero_in_fp32_have_their_loss(small_chunks:
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
     (grad,) = torch.autograd.grad(found, hidden)
     torch.testing.assert_close(grad, torch.autograd.grad(expected, hidden)[0])
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, seconds: float, error: float = 0.0) -> list[int]:
+    """Put a library of Liger's signature in its place, whose loss is wrong as asked.
+
+    Ours takes a second, so say the clocks. Returns how many tokens each of its calls got.
+    """
+    calls: list[int] = []
+
+    def fused_linear_cross_entropy_forward(
+        given: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, **how: Any
+    ) -> tuple[Any, ...]:
+        expected = {"reduction": "sum", "compute_gradients": True, "weight_requires_grad": False}
+        assert how == expected
+        calls.append(len(target))
+        with torch.enable_grad():
+            hidden = given.detach().requires_grad_()
+            total = F.cross_entropy(F.linear(hidden, weight, bias), target, reduction="sum")
+            (grad,) = torch.autograd.grad(total, hidden)
+        return (1 + error) * total.detach(), None, None, None, grad, None, None
+
+    def timed(way: Any, *given: Any) -> tuple[float, float]:
+        return way(*given)[0].item(), 1.0 if way is loss._in_chunks else seconds
+
+    library = SimpleNamespace(fused_linear_cross_entropy_forward=fused_linear_cross_entropy_forward)
+    package = SimpleNamespace(fused_linear_cross_entropy=library)
+    monkeypatch.setitem(sys.modules, "liger_kernel", SimpleNamespace(ops=package))
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops", package)
+    monkeypatch.setattr(liger, "find_spec", lambda _: True)
+    monkeypatch.setattr(loss, "_timed", timed)
+    monkeypatch.setattr(loss, "_liger", None)
+    return calls
+
+
+def test_ligers_loss_is_taken_where_it_is_faster_and_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, batch = frozen("llama"), padded(documents(11, 6, 9))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    own = token_loss(model, batch)
+    expected = torch.autograd.grad(own, trained)
+    for seconds, error in ((1.1, 0.0), (0.9, 0.01)):
+        stand_in(monkeypatch, seconds, error)
+        assert take_faster(model, 20) == "own"
+    calls = stand_in(monkeypatch, 0.9)
+    assert take_faster(model, 20) == "liger"
+    assert calls == [20]
+    theirs = token_loss(model, batch)
+    assert len(calls) == 2
+    torch.testing.assert_close(theirs, own, rtol=1e-6, atol=0)
+    for mine, other in zip(expected, torch.autograd.grad(theirs, trained), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+    wrap(model)  # as an adapter does
+    assert take_faster(model, 20) == "own"
+
+
+def test_a_library_that_fails_leaves_our_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = frozen("llama")
+    monkeypatch.setattr(liger, "find_spec", lambda _: None)
+    assert take_faster(model, 20) == "own"
+    stand_in(monkeypatch, 0.5)
+    package = sys.modules["liger_kernel.ops"]
+    monkeypatch.setattr(package, "fused_linear_cross_entropy", SimpleNamespace())
+    assert take_faster(model, 20) == "own"
 
 
 def test_bf16_hidden_states_give_an_fp32_loss() -> None:
