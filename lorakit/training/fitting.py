@@ -90,17 +90,29 @@ class Change:
         return not self.keys.keys() & {"model.quantization", "data.max_length"}
 
 
-def cheapest(shape: Shape, setup: Setup, steps: Steps, free: int, recipe: Recipe) -> Change | None:
+def cheapest(
+    shape: Shape,
+    setup: Setup,
+    steps: Steps,
+    free: int,
+    recipe: Recipe,
+    *,
+    ran_out: bool = False,
+) -> Change | None:
     """Return the change that costs least and makes a run fit into so many bytes, None if none does.
 
     Tried in order, each with all that come before it: smaller micro-batches, recomputed layers,
-    their inputs in host memory, a base in 4 bits, shorter rows.
+    their inputs in host memory, a base in 4 bits, shorter rows. With `ran_out` the setup is what
+    did not fit although it had been expected to, so `auto` would choose it again.
     """
     quantizations = dict.fromkeys([setup.quantization, setup.quantization or Quantization("nf4")])
     asked = recipe.train.gradient_checkpointing
     longest = recipe.data.max_length
     lengths = [length for n in range(10) if (length := longest >> n) >= SHORTEST or n == 0]
-    ways: dict[Checkpointing, None] = dict.fromkeys([asked, True])
+    first: Checkpointing = asked
+    if ran_out and asked == "auto":  # no layer, as `auto` had it, or all
+        first = setup.recomputed > 0
+    ways: dict[Checkpointing, None] = dict.fromkeys([first, True])
     if setup.gpu:
         ways["offload"] = None
     for length, how, checkpointing in product(lengths, quantizations, ways):
@@ -115,7 +127,7 @@ def cheapest(shape: Shape, setup: Setup, steps: Steps, free: int, recipe: Recipe
                 if split.limit < steps.limit:
                     rows = split.limit // split.longest if split.by_tokens else split.limit
                     keys["train.micro_batch_size"] = max(1, rows)
-                if checkpointing != asked:
+                if checkpointing and checkpointing != asked:
                     keys["train.gradient_checkpointing"] = checkpointing
                 if how != setup.quantization:
                     keys["model.quantization"] = how.form

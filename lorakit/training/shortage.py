@@ -10,6 +10,7 @@ from lorakit.errors import RunFailed
 from lorakit.model.loss import token_loss
 from lorakit.scoring import put
 from lorakit.training.fitting import cheapest
+from lorakit.training.folder import RunFolder
 from lorakit.training.memory import GIB
 from lorakit.training.plan import Plan
 from lorakit.training.run import Run
@@ -25,7 +26,7 @@ def ran_out(error: BaseException) -> bool:
 
 
 @contextmanager
-def explained(plan: Plan) -> Iterator[None]:
+def explained(plan: Plan, folder: RunFolder) -> Iterator[None]:
     """Say what may help when memory runs out anywhere but in a micro-batch.
 
     Raises:
@@ -36,27 +37,24 @@ def explained(plan: Plan) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not ran_out(error):
             raise
-        raise out_of_memory(plan, "memory ran out") from error
+        raise out_of_memory(plan, folder, "memory ran out") from error
 
 
-def out_of_memory(plan: Plan, what: str) -> RunFailed:
+def out_of_memory(plan: Plan, folder: RunFolder, what: str) -> RunFailed:
     """Return the error that says what happened, where the memory goes, and what would fit."""
     parts = ", ".join(
         f"{name} {size / GIB:.1f}" for name, size in plan.memory.parts.items() if size
     )
     budget = int(0.9 * min(plan.free_bytes, plan.memory.total))
-    change = cheapest(plan.shape, plan.setup, plan.steps, budget, plan.recipe)
+    change = cheapest(plan.shape, plan.setup, plan.steps, budget, plan.recipe, ran_out=True)
     help = "nothing in the recipe makes it much smaller; take a smaller base"
     if change:
         again = "the same result" if change.exact else "another result"
         help = f"{change.options} needs about {change.memory.total / GIB:.1f} GiB, {again}"
-    if plan.recipe.train.on_oom == "stop":
-        help += "; -s train.on_oom=halve makes micro-batches smaller by itself"
-    return RunFailed(
-        "run.out-of-memory",
-        f"{what} (planned, in GiB: {parts}); the last checkpoint is intact",
-        help=help,
-    )
+    message = f"{what} (planned, in GiB: {parts})"
+    if folder.resume or (folder.at_work and any(folder.checkpoints.glob("step-*"))):
+        message += "; the last checkpoint is intact"
+    return RunFailed("run.out-of-memory", message, help=help)
 
 
 def probe(run: Run) -> None:
@@ -98,7 +96,10 @@ def _runs(run: Run, batch: Batch) -> bool:
 
 def in_a_batch(run: Run, index: int, batch: Batch) -> RunFailed:
     """Return the error that a step's micro-batch needed more memory than there is."""
-    return out_of_memory(run.plan, f"memory ran out in {_place(run, index, batch)}")
+    error = out_of_memory(run.plan, run.folder, f"memory ran out in {_place(run, index, batch)}")
+    if run.plan.steps.halved():
+        error.help = f"{error.help}; -s train.on_oom=halve makes micro-batches smaller by itself"
+    return error
 
 
 def fell_short(run: Run, batch: Batch | None) -> bool:
@@ -121,7 +122,7 @@ def halve(run: Run, index: int, batch: Batch | None) -> None:
     plan, place = run.plan, _place(run, index, batch)
     smaller = plan.steps.halved()
     if smaller is None:
-        raise out_of_memory(plan, f"memory ran out in {place}")
+        raise out_of_memory(plan, run.folder, f"memory ran out in {place}")
     run.plan = plan.with_choices(smaller.limit, plan.setup.recomputed)
     tokens = run.plan.steps.micro_batch_tokens
     run.gradients.zero()

@@ -1,5 +1,6 @@
 """What is chosen when memory is short: smaller micro-batches, recomputed layers, in that order."""
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -118,6 +119,29 @@ def test_changes_come_in_the_order_of_what_they_cost() -> None:
     assert found == [kind for kind in order if kind in found]
     assert {"", "train.micro_batch_size", "train.gradient_checkpointing=True"} <= set(found)
     assert any("nf4" in kind for kind in seen)
+
+
+@pytest.mark.parametrize("size", ["auto", 8, 1])
+@pytest.mark.parametrize("layers", [0, 2, LAYERS])
+def test_what_ran_out_under_auto_is_not_proposed_again(size: Any, layers: int) -> None:
+    """The change is named, and with it `auto` cannot choose more than what is promised."""
+    room = needed(ENOUGH_TOKENS, layers)
+    split, setup = settle(
+        known(), Setup(0, gpu=True), steps(micro_batch_size=size), int(room), "auto"
+    )
+    less = int(0.9 * estimate(known(), setup).total)
+    written = recipe(micro_batch_size=size, batch_size=64)
+    change = cheapest(known(), setup, split, less, written, ran_out=True)
+    if change is None:
+        assert estimate(known(), replace(setup, recomputed=LAYERS)).total > MARGIN * less
+        return
+    assert change.keys
+    assert change.memory.total <= MARGIN * less
+    rows = change.keys.get("train.micro_batch_size", size)
+    way = change.keys.get("train.gradient_checkpointing", "auto")
+    if way != "offload":
+        again = settle(known(), setup, steps(micro_batch_size=rows), int(room), way)[1]
+        assert estimate(known(), again).total <= change.memory.total
 
 
 def test_a_host_has_no_host_to_offload_to() -> None:
