@@ -15,7 +15,7 @@ from lorakit.cli.screen import (
     command,
     usage,
 )
-from lorakit.errors import CheckFailed
+from lorakit.errors import BadInput, CheckFailed
 
 if TYPE_CHECKING:
     from lorakit.training.fitting import Change
@@ -108,7 +108,10 @@ def find_change(plan: "Plan", planned: Callable[[list[str]], "Plan"]) -> "Change
     if plan.fits:
         return None
     change = cheapest(plan.shape, plan.setup, plan.steps, plan.free_bytes, plan.recipe)
-    return change if change and planned(change.overrides).fits else None
+    try:
+        return change if change and planned(change.overrides).fits else None
+    except BadInput:  # the data, or the base, cannot be used so
+        return None
 
 
 def write_fitting(path: Path, plan: "Plan") -> Path:

@@ -87,7 +87,7 @@ class Change:
     @property
     def exact(self) -> bool:
         """Whether the result stays what it is."""
-        return not self.keys.keys() & {"model.quantization", "data.max_length"}
+        return not any(key.startswith(("model.", "data.")) for key in self.keys)
 
 
 def cheapest(
@@ -133,6 +133,8 @@ def cheapest(
                     keys["model.quantization"] = how.form
                 if length != longest:
                     keys["data.max_length"] = length
+                    if steps.longest > length and recipe.data.too_long != "truncate":
+                        keys["data.too_long"] = "truncate"
                 return Change(keys, memory)
             split = None if split.by_tokens else split.halved()
     return None
