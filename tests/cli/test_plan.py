@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from lorakit.cli.app import app
@@ -60,6 +61,21 @@ def test_a_plan_that_does_not_fit_exits_1(recipe: str, monkeypatch: pytest.Monke
     assert "error[plan.will-not-fit]" in ended.stderr
     document = json.loads(runner.invoke(app, ["plan", recipe, "--json"]).stdout)
     assert (document["exit"], document["fits"]) == (1, False)
+
+
+@pytest.mark.parametrize("command", [["plan", "--measure"], ["train"]])
+def test_memory_that_runs_out_while_loading_is_no_bug(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    monkeypatch.setattr(base, "load", load)
+    settings = ["-s", f"output_dir={tmp_path / 'run'}"]
+    ended = runner.invoke(app, [*command, recipe, *settings])
+    assert ended.exit_code == 3, ended.stderr
+    assert "error[run.out-of-memory]" in ended.stderr
+    assert "memory ran out (planned, in GiB: weights" in " ".join(ended.stderr.split())
 
 
 def test_checkpointing_auto_takes_as_many_layers_as_memory_asks_for(
