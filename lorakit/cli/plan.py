@@ -103,11 +103,9 @@ def does_not_fit(plan: "Plan") -> CheckFailed | None:
 
 def find_change(plan: "Plan", planned: Callable[[list[str]], "Plan"]) -> "Change | None":
     """Return the cheapest change that makes a plan fit, after planning with it."""
-    from lorakit.training.fitting import cheapest
-
     if plan.fits:
         return None
-    change = cheapest(plan.shape, plan.setup, plan.steps, plan.free_bytes, plan.recipe)
+    change = plan.change(plan.free_bytes)
     try:
         return change if change and planned(change.overrides).fits else None
     except BadInput:  # the data, or the base, cannot be used so

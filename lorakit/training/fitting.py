@@ -97,15 +97,20 @@ def cheapest(
     free: int,
     recipe: Recipe,
     *,
+    stored: bool = False,
     ran_out: bool = False,
 ) -> Change | None:
     """Return the change that costs least and makes a run fit into so many bytes, None if none does.
 
     Tried in order, each with all that come before it: smaller micro-batches, recomputed layers,
-    their inputs in host memory, a base in 4 bits, shorter rows. With `ran_out` the setup is what
-    did not fit although it had been expected to, so `auto` would choose it again.
+    their inputs in host memory, a base in 4 bits, shorter rows. A form that the base is `stored` in
+    stays. With `ran_out` the setup is what did not fit although it had been expected to, so `auto`
+    would choose it again.
     """
-    quantizations = dict.fromkeys([setup.quantization, setup.quantization or Quantization("nf4")])
+    quantizations = dict.fromkeys([setup.quantization])
+    if not stored:
+        held = setup.quantization
+        quantizations[Quantization("fp4" if held and held.form == "fp4" else "nf4")] = None
     asked = recipe.train.gradient_checkpointing
     longest = recipe.data.max_length
     lengths = [length for n in range(10) if (length := longest >> n) >= SHORTEST or n == 0]
@@ -129,8 +134,11 @@ def cheapest(
                     keys["train.micro_batch_size"] = max(1, rows)
                 if checkpointing and checkpointing != asked:
                     keys["train.gradient_checkpointing"] = checkpointing
-                if how != setup.quantization:
-                    keys["model.quantization"] = how.form
+                if how and how != setup.quantization:
+                    if how.form != recipe.model.quantization:
+                        keys["model.quantization"] = how.form
+                    if not recipe.model.double_quant:
+                        keys["model.double_quant"] = True
                 if length != longest:
                     keys["data.max_length"] = length
                     if steps.longest > length and recipe.data.too_long != "truncate":

@@ -9,7 +9,6 @@ from lorakit.data.batches import Batch
 from lorakit.errors import RunFailed
 from lorakit.model.loss import token_loss
 from lorakit.scoring import put
-from lorakit.training.fitting import cheapest
 from lorakit.training.folder import RunFolder
 from lorakit.training.memory import GIB
 from lorakit.training.plan import Plan
@@ -46,7 +45,7 @@ def out_of_memory(plan: Plan, folder: RunFolder, what: str) -> RunFailed:
         f"{name} {size / GIB:.1f}" for name, size in plan.memory.parts.items() if size
     )
     budget = int(0.9 * min(plan.free_bytes, plan.memory.total))
-    change = cheapest(plan.shape, plan.setup, plan.steps, budget, plan.recipe, ran_out=True)
+    change = plan.change(budget, ran_out=True)
     help = "nothing in the recipe makes it much smaller; take a smaller base"
     if change:
         again = "the same result" if change.exact else "another result"
