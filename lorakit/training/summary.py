@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from lorakit.errors import one_of
 from lorakit.runtime import DTYPES
 from lorakit.storage.disk import free_space
 from lorakit.training.checkpoint import BYTES_PER_VALUE
@@ -9,7 +10,7 @@ from lorakit.training.memory import GIB, OVERHEAD, Memory
 from lorakit.training.optim import warmup_steps
 from lorakit.training.plan import Plan
 from lorakit.training.progress import duration
-from lorakit.training.speed import Rate, step_flops
+from lorakit.training.speed import CARDS, Card, Rate, step_flops
 
 # Files of weights are seldom larger.
 SHARD = 5 * 10**9
@@ -48,7 +49,7 @@ def facts(plan: Plan, rate: Rate | None = None) -> dict[str, Any]:
     }
 
 
-def lines(plan: Plan, rate: Rate | None = None) -> list[tuple[str, str]]:
+def lines(plan: Plan, rate: Rate | None = None, card: Card | None = None) -> list[tuple[str, str]]:
     """Return the plan for people: a label and what it says, a pair a line."""
     recipe, report = plan.recipe, plan.dataset.report
     share = 100 * plan.shape.trainable / plan.shape.parameters
@@ -85,6 +86,7 @@ def lines(plan: Plan, rate: Rate | None = None) -> list[tuple[str, str]]:
         *([("Host", f"{host_bytes(plan) / GIB:.2f} GiB beside the GPU")] if plan.setup.gpu else []),
         ("Disk", _disk(plan)),
         *([("Time", _time(plan, rate))] if rate else []),
+        *([("Time", _no_time(card))] if card and not rate else []),
         ("Servable", " · ".join(" ".join(one) for one in plan.servable.items())),
         ("Output", str(recipe.run_folder)),
     ]
@@ -159,3 +161,10 @@ def _time(plan: Plan, rate: Rate) -> str:
     step = seconds(plan, rate)
     each = f"{step:.2g} s" if step < 10 else duration(step)
     return f"{each} a step, {duration(step * plan.steps.total)} in all (estimate: {rate.source})"
+
+
+def _no_time(card: Card) -> str:
+    """Say why a card has no rate, and which cards like it have one."""
+    like = sorted(CARDS.values(), key=lambda one: abs(one.memory - card.memory))[:3]
+    names = one_of(repr(one.name) for one in like)
+    return f"unknown: {card.name} says nothing of speed; name a card, such as --gpu {names}"

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from typer.testing import CliRunner
 
 from lorakit.cli.app import app
 from lorakit.model import base, quantized
 from lorakit.runtime import Runtime
-from lorakit.training import fitting
+from lorakit.training import fitting, memory
 from tests.tiny import write_tiny_model
 
 runner = CliRunner()
@@ -61,6 +62,35 @@ def test_a_plan_that_does_not_fit_exits_1(recipe: str, monkeypatch: pytest.Monke
     assert "error[plan.will-not-fit]" in ended.stderr
     document = json.loads(runner.invoke(app, ["plan", recipe, "--json"]).stdout)
     assert (document["exit"], document["fits"]) == (1, False)
+    assert document["error"]["id"] == "plan.will-not-fit"
+    assert document["error"]["hint"].startswith("nothing in the recipe")
+
+
+def test_train_warns_where_the_plan_does_not_fit(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the change that `plan` proposes; with --strict nothing begins."""
+    monkeypatch.setattr(memory, "OVERHEAD", 0)
+    monkeypatch.setattr(memory, "LIBRARIES", 0)
+    settings = ["-s", "train.gradient_checkpointing=false", "-s", f"output_dir={tmp_path / 'run'}"]
+    settings += ["-s", "train.max_steps=1", "-s", "train.micro_batch_size=8"]
+    ended = runner.invoke(app, ["plan", recipe, *settings, "--json"])
+    total = json.loads(ended.stdout)["memory"]["total"]
+    assert "error" not in json.loads(ended.stdout)
+    monkeypatch.setattr(Runtime, "free_bytes", lambda _: total - 1)
+    ended = runner.invoke(app, ["plan", recipe, *settings, "--json"])
+    help = json.loads(ended.stdout)["error"]["hint"]
+    assert help.startswith("it fits with -s train.")
+    strict = runner.invoke(app, ["train", recipe, *settings, "--strict"])
+    assert strict.exit_code == 2
+    assert "error[usage.strict]" in strict.stderr
+    assert not (tmp_path / "run").exists()
+    ended = runner.invoke(app, ["train", recipe, *settings])
+    assert ended.exit_code == 0, ended.stderr
+    assert "warning[plan.does-not-fit]" in ended.stderr
+    assert help in " ".join(ended.stderr.split())
+    kept = yaml.safe_load((tmp_path / "run" / "resolved.yaml").read_text())
+    assert kept["train"]["micro_batch_size"] == 8
 
 
 @pytest.mark.parametrize("command", [["plan", "--measure"], ["train"]])

@@ -139,6 +139,20 @@ def test_a_change_that_cannot_be_planned_is_no_answer(
     assert ("change" in json.loads(ended.stdout)) is (answer == 1)
 
 
+def test_a_card_of_a_size_alone_has_no_time(models: Path) -> None:
+    path = write_model(models, "llama-7b")
+    arguments = ["plan", "llama7b-qv", "-s", f"model.path={path}", *LONG, "--gpu"]
+    shown = CliRunner().invoke(app, [*arguments, "24GiB"]).stdout
+    (line,) = [line for line in shown.splitlines() if line.startswith("Time ")]
+    assert "--gpu 'RTX 3090'" in line
+    assert (
+        json.loads(CliRunner().invoke(app, [*arguments, "24GiB", "--json"]).stdout)["seconds"]
+        is None
+    )
+    shown = CliRunner().invoke(app, [*arguments, "RTX 3090"]).stdout
+    assert "RTX 3090's 71 TFLOP/s on paper" in shown
+
+
 def test_nothing_may_help(models: Path) -> None:
     path = write_model(models, "llama-70b")
     options = ["-s", f"model.path={path}", *LONG, "--gpu", "8GiB", "--json"]
