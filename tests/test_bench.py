@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -246,3 +247,40 @@ def test_the_script_for_a_gpu_can_be_read() -> None:
     wheels = (ROOT / "scripts" / "bench" / "wheels.py").read_text()
     for name in re.findall(r'^    "(\w+)",$', wheels, re.MULTILINE):
         assert re.search(name.replace("_", "[-_]"), text.stdout), name
+
+
+def test_the_memory_grid_is_the_one_that_was_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bases x lengths x micro-batches x recomputation x weights x targets, and how near is near."""
+    grid = script("memory_grid", monkeypatch)
+    assert grid.GOALS == {"cpu": 0.15, "cuda": 0.10}
+    for device in grid.GOALS:
+        rows = grid.grid(device)
+        assert len(rows) >= 24
+        assert len({shape.name for shape, _ in rows}) == 4
+        for key in ("length", "rows", "recomputed", "quantization", "targets"):
+            assert len({getattr(way, key) for _, way in rows}) > 1, key
+
+
+def test_the_memory_table_is_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row of the grid, misses too: a cell of the table in the README for each."""
+    grid = script("memory_grid", monkeypatch)
+    found = json.loads((BENCH / "results" / "memory-cpu.json").read_text())
+    assert found["goal"] == grid.GOALS["cpu"]
+    settled = [(n, shape.name, way) for n, (shape, way) in enumerate(grid.grid("cpu"), 1)]
+    keys = [field.name for field in fields(grid.Way)]
+    rows = [
+        (row["number"], row["shape"], grid.Way(**{key: row[key] for key in keys}))
+        for row in found["rows"]
+    ]
+    assert rows == settled
+    ratios: dict[str, list[str]] = {}
+    for row in found["rows"]:
+        assert row["ratio"] == round(row["estimated"] / row["measured"], 3)
+        ratios.setdefault(f"{row['shape']}, {row['dtype']}", []).append(f"{row['ratio']:.2f}")
+    shown = [f"| {' | '.join([name, *cells])} |" for name, cells in ratios.items()]
+    lines = (BENCH / "README.md").read_text().splitlines()
+    first = lines.index(shown[0])
+    assert lines[first : first + len(shown)] == shown
+    good = sum(abs(row["ratio"] - 1) <= found["goal"] for row in found["rows"])
+    assert f"**On a CPU all {good} rows keep within 15 %.**" in " ".join(lines)
+    assert good == len(rows)
