@@ -25,13 +25,36 @@ SHORTEST = 128
 Checkpointing = bool | Literal["auto", "offload"]
 
 
+def needed(shape: Shape, setup: Setup, scale: float = 1.0) -> float:
+    """Return the bytes of a step whose activations take so many times what is estimated."""
+    memory = estimate(shape, setup)
+    return memory.total + (scale - 1) * _moving(memory)
+
+
+def scale_of(shape: Shape, setup: Setup, peak: int) -> float:
+    """Return how many times what is estimated the activations of a step with this peak took."""
+    memory = estimate(shape, setup)
+    still = memory.total - _moving(memory) - memory.parts["overhead"]
+    return (peak - still) / _moving(memory)
+
+
+def _moving(memory: Memory) -> int:
+    return memory.parts["activations"] + memory.parts["logits"]
+
+
 def settle(
-    shape: Shape, setup: Setup, steps: Steps, free: int, checkpointing: Checkpointing
+    shape: Shape,
+    setup: Setup,
+    steps: Steps,
+    free: int,
+    checkpointing: Checkpointing,
+    scale: float = 1.0,
 ) -> tuple[Steps, Setup]:
     """Return steps and setup that fit into so many bytes, at the least cost in time.
 
     What the recipe leaves open: first micro-batches down to enough tokens; then recomputed
     layers, as few as that needs; then smaller micro-batches. Where nothing fits, the smallest.
+    Activations take `scale` times what is estimated.
     """
     most = shape.layers if checkpointing else 0
     least = 0 if checkpointing == "auto" else most
@@ -40,7 +63,7 @@ def settle(
         return replace(setup, tokens=split.micro_batch_tokens, recomputed=recomputed)
 
     def fits(split: Steps, recomputed: int) -> bool:
-        return estimate(shape, tried(split, recomputed)).total <= MARGIN * free
+        return needed(shape, tried(split, recomputed), scale) <= MARGIN * free
 
     splits = list(_splits(steps, setup))
     enough = ENOUGH_TOKENS if setup.gpu else ENOUGH_TOKENS_CPU

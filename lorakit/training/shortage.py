@@ -2,15 +2,18 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
 from lorakit.data.batches import Batch
 from lorakit.errors import RunFailed
+from lorakit.model.checkpointing import checkpoint_layers
 from lorakit.model.loss import token_loss
 from lorakit.scoring import put
+from lorakit.training.fitting import MARGIN, needed, scale_of, settle
 from lorakit.training.folder import RunFolder
-from lorakit.training.memory import GIB
+from lorakit.training.memory import GIB, estimate
 from lorakit.training.plan import Plan
 from lorakit.training.run import Run
 
@@ -60,7 +63,8 @@ def probe(run: Run) -> None:
     """Try the largest micro-batch on a GPU before the first step, where its size was our choice.
 
     Halves it until it fits, and keeps nothing: gradients are zero again, and each step seeds its
-    own generators. What the optimizer will need is held meanwhile.
+    own generators. What the optimizer will need is held meanwhile. Then the choice is corrected by
+    what was measured.
 
     Raises:
         RunFailed: when a single row is too much.
@@ -75,8 +79,47 @@ def probe(run: Run) -> None:
         run.gradients.zero()
         run.runtime.release()
         if not short:
-            return
+            break
         halve(run, run.state.step, batch)
+    correct(run, batch)
+
+
+def correct(run: Run, batch: Batch) -> None:
+    """Choose again where a micro-batch's measured peak shows that the next may not fit.
+
+    The estimate and the peak are noted; activations are then taken as large as they were.
+    """
+    plan, runtime = run.plan, run.runtime
+    setup = replace(plan.setup, tokens=batch.input_ids.numel())
+    memory, peak = estimate(plan.shape, setup), runtime.peak_bytes()
+    found = {
+        "tokens": setup.tokens,
+        "estimated_bytes": memory.total - memory.parts["overhead"],
+        "measured_bytes": peak,
+    }
+    run.folder.note(probe=found)
+    scales = torch.zeros(runtime.processes, device=runtime.device)
+    scales[runtime.process] = scale_of(plan.shape, setup, peak)
+    scale = float(runtime.sum(scales).max())  # the same in every process
+    if scale <= 1 or needed(plan.shape, plan.setup, scale) <= MARGIN * plan.free_bytes:
+        return
+    how = plan.recipe.train.gradient_checkpointing
+    split, setup = settle(plan.shape, plan.setup, plan.steps, plan.free_bytes, how, scale)
+    run.plan = plan.with_choices(
+        min(split.limit, plan.steps.limit), max(setup.recomputed, plan.setup.recomputed)
+    )
+    recomputed, tokens = run.plan.setup.recomputed, run.plan.steps.micro_batch_tokens
+    queue = runtime.copy_queue() if plan.setup.offload else None
+    checkpoint_layers(run.model, recomputed, queue=queue)
+    run.folder.note(
+        micro_batch_limit=run.plan.steps.limit,
+        micro_batch_tokens=tokens,
+        recomputed_layers=recomputed,
+    )
+    run.reporter.say(
+        f"a micro-batch took {peak / GIB:.1f} GiB, {found['estimated_bytes'] / GIB:.1f} were "
+        f"expected: now up to {tokens:,} tokens, {recomputed} layers computed again"
+    )
 
 
 def _runs(run: Run, batch: Batch) -> bool:

@@ -13,6 +13,7 @@ from lorakit.data.tokens import Example
 from lorakit.errors import Place
 from lorakit.model.quantized import Quantization
 from lorakit.recipe.sections import Recipe
+from lorakit.training import fitting
 from lorakit.training.fitting import (
     ENOUGH_TOKENS,
     MARGIN,
@@ -20,6 +21,7 @@ from lorakit.training.fitting import (
     SHORTEST,
     Checkpointing,
     cheapest,
+    scale_of,
     settle,
 )
 from lorakit.training.memory import Setup, Shape, estimate
@@ -79,6 +81,22 @@ def test_then_as_few_recomputed_layers_as_memory_asks_for(size: Any) -> None:
 def test_then_still_smaller_micro_batches_and_in_the_end_the_smallest() -> None:
     assert chosen(needed(1024, LAYERS)) == (1024, LAYERS)
     assert chosen(1) == (512, LAYERS)
+
+
+def test_a_measured_peak_is_what_is_needed_with_its_scale() -> None:
+    setup = Setup(ENOUGH_TOKENS, gpu=True)
+    memory = estimate(known(), setup)
+    moving = memory.parts["activations"] + memory.parts["logits"]
+    peak = memory.total - memory.parts["overhead"] + moving // 2
+    scale = scale_of(known(), setup, peak)
+    assert scale == pytest.approx(1.5)
+    assert fitting.needed(known(), setup, scale) == pytest.approx(memory.total + moving / 2)
+    free = int(needed(ENOUGH_TOKENS, 0))
+    setup = Setup(0, gpu=True)
+    for times in (1.0, scale):
+        found = settle(known(), setup, steps(), free, "auto", times)[1]
+        assert fitting.needed(known(), found, times) <= MARGIN * free
+        assert (found.tokens, found.recomputed > 0) == (ENOUGH_TOKENS, times > 1)
 
 
 def test_what_the_recipe_says_stays() -> None:

@@ -154,6 +154,31 @@ def test_a_gpu_is_tried_before_the_first_step(
     assert largest_difference(expected, tensors) < 1e-3
 
 
+@pytest.mark.parametrize("times", [1, 6])
+def test_a_gpu_that_takes_more_than_expected_is_given_less(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """Estimate and peak are noted; the loss and the adapter stay what they are."""
+    for name in ("OVERHEAD", "LIBRARIES", "CONTEXT"):
+        monkeypatch.setattr(memory, name, 0)
+    monkeypatch.setattr(Runtime, "lags", True)
+    monkeypatch.setattr("lorakit.training.plan.Plan.compiled", False)
+    _, records, expected = carry_out(folder, tmp_path / "whole")
+    probe = facts(tmp_path / "whole")["probe"]
+    room = 2 * probe["estimated_bytes"]
+    monkeypatch.setattr(Runtime, "free_bytes", lambda _: room)
+    peak = times * probe["estimated_bytes"]
+    monkeypatch.setattr(Runtime, "peak_bytes", lambda _: peak)
+    _, found, tensors = carry_out(folder, tmp_path / "tried")
+    noted = facts(tmp_path / "tried")
+    assert noted["probe"] == probe | {"measured_bytes": peak}
+    assert ("recomputed_layers" in noted) is (times > 1)
+    if times > 1:
+        assert noted["micro_batch_tokens"] < probe["tokens"]
+    assert [r.loss for r in found] == pytest.approx([r.loss for r in records], rel=1e-5)
+    assert largest_difference(expected, tensors) < 1e-3
+
+
 def test_another_error_stays_what_it_is(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
