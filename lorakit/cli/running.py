@@ -104,7 +104,8 @@ def planned_run(
     for label, text in summary.lines(plan):
         screen.say(f"{label:9} {text}")
     if runtime.is_main:
-        check_space(path / "checkpoints", plan.shape.trainable, recipe.train.keep_checkpoints)
+        size = summary.checkpoint_bytes(plan)
+        check_space(path / "checkpoints", size, recipe.train.keep_checkpoints)
     return plan
 
 

@@ -5,8 +5,7 @@ from typing import Any
 from lorakit.errors import one_of
 from lorakit.runtime import DTYPES
 from lorakit.storage.disk import free_space
-from lorakit.training.checkpoint import BYTES_PER_VALUE
-from lorakit.training.memory import GIB, OVERHEAD, Memory
+from lorakit.training.memory import GIB, OVERHEAD, Memory, optimizer_bytes
 from lorakit.training.optim import warmup_steps
 from lorakit.training.plan import Plan
 from lorakit.training.progress import duration
@@ -133,7 +132,22 @@ def host_bytes(plan: Plan) -> int:
     folder = plan.base.folder
     files = [path.stat().st_size for path in folder.glob("*.safetensors")] if folder else []
     whole = plan.shape.parameters * plan.dtype.itemsize
-    return OVERHEAD + max(files, default=min(whole, SHARD)) + plan.memory.host
+    waits = max(plan.memory.host, _merge_bytes(plan))
+    return OVERHEAD + max(files, default=min(whole, SHARD)) + waits
+
+
+def _merge_bytes(plan: Plan) -> int:
+    """Return the bytes of a base that the merge holds quantised, to measure or to dequantise it."""
+    recipe, how = plan.recipe, plan.quantization
+    merge = recipe.merge
+    has_rows = recipe.eval.data is not None or recipe.data.eval is not None
+    holds = (merge.measure and has_rows) or merge.base_weights == "dequantised"
+    return how.held_bytes(plan.shape.linears) if how and merge.enabled and holds else 0
+
+
+def checkpoint_bytes(plan: Plan) -> int:
+    """Return the bytes of a checkpoint: the adapter in fp32, and the optimizer's states."""
+    return 4 * plan.shape.trainable + optimizer_bytes(plan.shape, plan.setup.optimizer)
 
 
 def disk_bytes(plan: Plan) -> dict[str, int]:
@@ -143,7 +157,7 @@ def disk_bytes(plan: Plan) -> dict[str, int]:
     checkpoints = recipe.train.keep_checkpoints + 1 + bool(plan.dataset.eval)
     dtype = DTYPES.get(recipe.merge.dtype, plan.dtype)
     return {
-        "checkpoints": checkpoints * BYTES_PER_VALUE * trainable,
+        "checkpoints": checkpoints * checkpoint_bytes(plan),
         "adapter": 4 * trainable,
         "merged": plan.shape.parameters * dtype.itemsize if recipe.merge.enabled else 0,
         "free": free_space(recipe.run_folder),

@@ -13,7 +13,7 @@ from lorakit.cli.app import app
 from lorakit.model import base, quantized
 from lorakit.runtime import Runtime
 from lorakit.training import fitting, memory
-from tests.tiny import write_tiny_model
+from tests.tiny import write_tiny_model, write_wide_model
 
 runner = CliRunner()
 
@@ -106,6 +106,27 @@ def test_memory_that_runs_out_while_loading_is_no_bug(
     assert ended.exit_code == 3, ended.stderr
     assert "error[run.out-of-memory]" in ended.stderr
     assert "memory ran out (planned, in GiB: weights" in " ".join(ended.stderr.split())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "lion_8bit", "sgd", "adafactor"])
+def test_the_disk_of_checkpoints_is_that_of_a_run(
+    tmp_path: Path, recipe: str, optimizer: str
+) -> None:
+    """Two are kept and one is being written: each has the adapter and the optimizer's states."""
+    write_wide_model(tmp_path / "wide")
+    settings = [
+        f"model.path={tmp_path / 'wide'}",
+        "adapter.rank=64",
+        f"output_dir={tmp_path / 'r'}",
+    ]
+    settings += [f"train.optimizer={optimizer}", "train.max_steps=1", "train.keep_checkpoints=2"]
+    options = [word for one in settings for word in ("-s", one)]
+    planned = json.loads(runner.invoke(app, ["plan", recipe, *options, "--json"]).stdout)
+    ended = runner.invoke(app, ["train", recipe, *options])
+    assert ended.exit_code == 0, ended.stderr
+    files = (tmp_path / "r" / "checkpoints" / "step-000001").rglob("*.safetensors")
+    written = sum(path.stat().st_size for path in files)
+    assert planned["disk"]["checkpoints"] / 3 == pytest.approx(written, rel=0.05)
 
 
 def test_checkpointing_auto_takes_as_many_layers_as_memory_asks_for(

@@ -153,6 +153,24 @@ def test_a_card_of_a_size_alone_has_no_time(models: Path) -> None:
     assert "RTX 3090's 71 TFLOP/s on paper" in shown
 
 
+def test_the_host_holds_a_base_that_the_merge_measures(models: Path) -> None:
+    """In 4 bits, as training held it; into the original weights without measuring nothing is."""
+    path = write_model(models, "llama-7b")
+    arguments = ["plan", "llama7b-qv", "-s", f"model.path={path}", *LONG, "--gpu", "24GiB"]
+    arguments += ["--json", "-s", "model.quantization=nf4"]
+
+    def host(*settings: str) -> int:
+        options = [word for one in settings for word in ("-s", one)]
+        planned = json.loads(CliRunner().invoke(app, [*arguments, *options]).stdout)
+        return int(planned["host_bytes"])
+
+    without = host("merge.enabled=false")
+    assert host("merge.measure=false") == without
+    linears = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
+    assert host() - without == pytest.approx(0.516 * linears, rel=1e-3)
+    assert host("merge.measure=false", "merge.base_weights=dequantised") == host()
+
+
 def test_nothing_may_help(models: Path) -> None:
     path = write_model(models, "llama-70b")
     options = ["-s", f"model.path={path}", *LONG, "--gpu", "8GiB", "--json"]
