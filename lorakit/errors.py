@@ -157,7 +157,7 @@ class Notice:
         adapter.base-unknown adapter.no-passport adapter.passport-changed merge.not-measured
         adapter.unknown-setting
         recipe.unusual-value
-        target.uneven run.packing-off run.optimizer run.no-offload
+        target.uneven plan.does-not-fit run.packing-off run.optimizer run.no-offload
         plan.rough-estimate model.no-weights model.unused-tensors
         model.quantized-on-cpu model.experts-dense
         """.split()

@@ -6,7 +6,10 @@ import json
 import re
 import subprocess
 import sys
-from types import ModuleType
+import zipfile
+from dataclasses import fields
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -140,3 +143,144 @@ def test_runs_on_4_bits_agree_to_the_bit_or_within_a_share(monkeypatch: pytest.M
     shown = quantised.table({"arms": [row, lost], "merge": {"original": {}}}).splitlines()
     assert shown[2].startswith("| near | 12 | 1.50 | 1.0005 |")
     assert shown[3].endswith("| what / went wrong |")
+
+
+@pytest.mark.parametrize(
+    ("found", "named"),
+    [
+        ({"error": "did not run: bitsandbytes is not installed", "arms": []}, "bitsandbytes"),
+        ({"grid": "memory", "rows": [{"measured": 1}, {"error": "not run"}]}, "rows 2: not run"),
+        ({"not_equal": [], "pytest": {"error": "pytest is not installed"}}, "pytest is not"),
+        ({"pytest": {"code": 5, "passed": 0}}, "exit code 5"),
+        ({"pytest": {"code": 0, "passed": 0}}, "0 passed"),
+        ({"pytest": {"code": 1, "passed": 9}}, "exit code 1"),
+        ({"not_equal": ["paged"], "pytest": {"code": 0, "passed": 9}}, "paged"),
+        ({"configs": [{"arms": [{"name": "peer", "error": "no trl"}]}]}, "no trl"),
+        ({"rows": [{"measured": 1}], "not_equal": [], "pytest": {"code": 0, "passed": 9}}, ""),
+    ],
+)
+def test_a_section_of_which_nothing_ran_is_not_green(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, found: dict[str, Any], named: str
+) -> None:
+    gpu = script("gpu", monkeypatch)
+    failed = gpu.failures(found)
+    assert (len(failed) == 1 and named in failed[0]) if named else not failed
+    monkeypatch.setattr(gpu, "TINY", True)
+    monkeypatch.setattr(gpu, "SECTIONS", {"tests": lambda _: found})
+    monkeypatch.setattr(gpu.report, "gpu", str)
+    arguments = ["gpu.py", "tests", "--out", str(tmp_path), "--work", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert gpu.main() == bool(named)
+
+
+def test_the_gpu_section_runs_every_test_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = script("gpu", monkeypatch)
+    asked: list[str] = []
+
+    def run(command: list[str], *_: Any, **__: Any) -> SimpleNamespace:
+        asked.extend(command)
+        return SimpleNamespace(
+            code=0, out="..s\n2 passed, 1 skipped in 0.1s\n", error="", seconds=1
+        )
+
+    monkeypatch.setattr(gpu.machine, "run", run)
+    assert gpu.pytest_gpu(Path())["passed"] == 2
+    files = list((ROOT / "tests").rglob("test_*.py"))
+    marked = {str(path) for path in files if "\n    pytest.mark.gpu," in path.read_text()}
+    assert marked
+    assert {name for name in asked if name.endswith(".py")} == marked
+
+
+def test_the_memory_grid_goes_on_where_it_was(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gpu = script("gpu", monkeypatch)
+    grid, ran = gpu.memory_grid, []
+
+    def child(job: dict[str, Any]) -> dict[str, Any]:
+        if not job.get("write"):
+            ran.append(job["way"]["length"])
+        return {} if job.get("write") else {"estimated": 2, "measured": 2, "device": "H100"}
+
+    monkeypatch.setattr(grid, "child", child)
+    monkeypatch.setattr(grid.time, "monotonic", iter([0, *range(100)]).__next__)
+    options = SimpleNamespace(device="cpu", work=tmp_path, earlier=tmp_path, minutes=0.2)
+    for calls in range(1, 4):
+        found = gpu.memory(options)
+        (tmp_path / "memory.json").write_text(json.dumps(found))
+        good = [row["number"] for row in found["rows"] if "measured" in row]
+        assert [row["number"] for row in found["rows"]] == list(range(1, 33))
+        assert good == list(range(1, 1 + len(ran)))
+        assert len(ran) > 8 * calls, "each call gets further"
+        assert found["device"] == "H100"
+
+
+def test_wheels_lie_over_what_the_interpreter_has(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As on a machine whose interpreter is itself one of an environment: what it has is seen."""
+    wheels = script("wheels", monkeypatch)
+    for name in ("pydantic", "extra_one"):
+        info = f"{name}-99.0.dist-info"
+        with zipfile.ZipFile(tmp_path / f"{name}-99.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"{name}.py", "__version__ = '99.0'\n")
+            wheel.writestr(
+                f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 99.0\n"
+            )
+            wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+            wheel.writestr(f"{info}/RECORD", "")
+    assert wheels.missing() == []
+    with pytest.raises(FileNotFoundError, match="no wheel of datasets"):
+        wheels.chosen(["datasets", "pydantic"], tmp_path)
+    python = wheels.overlay(tmp_path / "own", wheels.chosen(["pydantic", "extra_one"], tmp_path))
+    code = "import pydantic, extra_one, torch; print(pydantic.__version__, torch.__version__)"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[0] == "99.0"
+
+
+def test_the_script_for_a_gpu_can_be_read() -> None:
+    """Its header, which it shows, names every wheel that may be needed."""
+    script = ROOT / "scripts" / "gpu_check.sh"
+    subprocess.run(["bash", "-n", script], check=True)
+    text = subprocess.run(["bash", script], capture_output=True, text=True, check=False)
+    assert text.returncode == 2
+    wheels = (ROOT / "scripts" / "bench" / "wheels.py").read_text()
+    for name in re.findall(r'^    "(\w+)",$', wheels, re.MULTILINE):
+        assert re.search(name.replace("_", "[-_]"), text.stdout), name
+
+
+def test_the_memory_grid_is_the_one_that_was_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bases x lengths x micro-batches x recomputation x weights x targets, and how near is near."""
+    grid = script("memory_grid", monkeypatch)
+    assert grid.GOALS == {"cpu": 0.15, "cuda": 0.10}
+    for device in grid.GOALS:
+        rows = grid.grid(device)
+        assert len(rows) >= 24
+        assert len({shape.name for shape, _ in rows}) == 4
+        for key in ("length", "rows", "recomputed", "quantization", "targets"):
+            assert len({getattr(way, key) for _, way in rows}) > 1, key
+
+
+def test_the_memory_table_is_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row of the grid, misses too: a cell of the table in the README for each."""
+    grid = script("memory_grid", monkeypatch)
+    found = json.loads((BENCH / "results" / "memory-cpu.json").read_text())
+    assert found["goal"] == grid.GOALS["cpu"]
+    settled = [(n, shape.name, way) for n, (shape, way) in enumerate(grid.grid("cpu"), 1)]
+    keys = [field.name for field in fields(grid.Way)]
+    rows = [
+        (row["number"], row["shape"], grid.Way(**{key: row[key] for key in keys}))
+        for row in found["rows"]
+    ]
+    assert rows == settled
+    ratios: dict[str, list[str]] = {}
+    for row in found["rows"]:
+        assert row["ratio"] == round(row["estimated"] / row["measured"], 3)
+        ratios.setdefault(f"{row['shape']}, {row['dtype']}", []).append(f"{row['ratio']:.2f}")
+    shown = [f"| {' | '.join([name, *cells])} |" for name, cells in ratios.items()]
+    lines = (BENCH / "README.md").read_text().splitlines()
+    first = lines.index(shown[0])
+    assert lines[first : first + len(shown)] == shown
+    good = sum(abs(row["ratio"] - 1) <= found["goal"] for row in found["rows"])
+    assert f"**On a CPU all {good} rows keep within 15 %.**" in " ".join(lines)
+    assert good == len(rows)

@@ -2,7 +2,8 @@
 
 V = W + s · B A, W' = (m / ‖V‖) ⊙ V row by row, so y = bias + (m / ‖V‖) ⊙ (x Wᵀ + s · x Aᵀ Bᵀ).
 m (outputs) starts as ‖W‖. No gradient flows through ‖V‖ (section 4.3 of the paper). With dropout
-the base sees all of x: y = base(x) + (m / ‖V‖) ⊙ (x_d Wᵀ + s · x_d Aᵀ Bᵀ) - x_d Wᵀ.
+the base sees all of x: y = base(x) + (m / ‖V‖) ⊙ (x_d Wᵀ + s · x_d Aᵀ Bᵀ) - x_d Wᵀ, which are two
+products with W in each direction, so that a quantised W is made dense twice.
 Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353.
 
 Deviation: the norm is computed in closed form, once a step, without building V:

@@ -15,11 +15,13 @@ from lorakit.cli.screen import (
     command,
     usage,
 )
-from lorakit.errors import CheckFailed
+from lorakit.errors import BadInput, CheckFailed
 
 if TYPE_CHECKING:
     from lorakit.training.fitting import Change
     from lorakit.training.plan import Plan
+
+ID = "plan.will-not-fit"
 
 
 @command
@@ -60,55 +62,60 @@ def plan(
     made = planned([])
     screen.notice(*made.notices)
     rate = Rate.of(target) if target else Rate.measured(runtime, made.dtype)
-    lines, facts = summary.lines(made, rate), summary.facts(made, rate)
-    error = does_not_fit(made)
+    lines, facts = summary.lines(made, rate, target), summary.facts(made, rate)
+    change = find_change(made, planned)
+    error = does_not_fit(made, change)
     if error is None and measure and rate:
         seen = trial(made, runtime, rate)
         lines += seen.lines()
         facts["measured"] = seen.facts()
-    change = find_change(made, planned) if error else None
     if change:
         facts["change"] = change.keys
         lines.append(("Change", f"{change.options}  = {summary.gib(change.memory)}"))
     if fit and (change or error is None):
         screen.say(f"wrote {write_fitting(fit, planned(change.overrides if change else []))}")
     code = error.exit_code if error else 0
+    facts |= {"error": screen.described(error)} if error else {}
     screen.result("\n".join(f"{label:9} {text}" for label, text in lines), facts, exit=code)
     if error:
-        if screen.json:
-            raise typer.Exit(code)
-        if change:
-            error.help = f"it fits with {change.options}"
-        raise error
+        raise typer.Exit(code) if screen.json else error
 
 
-def does_not_fit(plan: "Plan") -> CheckFailed | None:
+def does_not_fit(plan: "Plan", change: "Change | None") -> CheckFailed | None:
     """Return the error that a plan ends in where it needs more memory or disk than there is."""
     from lorakit.training import summary
 
+    if not plan.fits:
+        return will_not_fit(plan, change)
     disk = summary.disk_bytes(plan)
     free = disk.pop("free")
-    if not plan.fits:
-        needs, there = summary.gib(plan.memory), plan.free_bytes / 2**30
-        what, help = "", "nothing in the recipe makes it small enough; take a smaller base"
-    elif sum(disk.values()) > free:
-        needs, there = f"{sum(disk.values()) / 2**30:.1f} GiB", free / 2**30
-        what, help = " of disk", "lower train.keep_checkpoints, or move output_dir"
-    else:
+    if sum(disk.values()) <= free:
         return None
-    return CheckFailed(
-        "plan.will-not-fit", f"needs about {needs}{what}, {there:.1f} GiB are there", help=help
-    )
+    needs, there = f"{sum(disk.values()) / 2**30:.1f} GiB of disk", f"{free / 2**30:.1f} GiB"
+    help = "lower train.keep_checkpoints, or move output_dir"
+    return CheckFailed(ID, f"needs about {needs}, {there} are there", help=help)
+
+
+def will_not_fit(plan: "Plan", change: "Change | None") -> CheckFailed:
+    """Return the error of a plan that needs more memory than there is, and what would help."""
+    from lorakit.training import summary
+
+    needs, there = summary.gib(plan.memory), f"{plan.free_bytes / 2**30:.1f} GiB"
+    help = "nothing in the recipe makes it small enough; take a smaller base"
+    if change:
+        help = f"it fits with {change.options}"
+    return CheckFailed(ID, f"needs about {needs}, {there} are there", help=help)
 
 
 def find_change(plan: "Plan", planned: Callable[[list[str]], "Plan"]) -> "Change | None":
     """Return the cheapest change that makes a plan fit, after planning with it."""
-    from lorakit.training.fitting import cheapest
-
     if plan.fits:
         return None
-    change = cheapest(plan.shape, plan.setup, plan.steps, plan.free_bytes, plan.recipe)
-    return change if change and planned(change.overrides).fits else None
+    change = plan.change(plan.free_bytes)
+    try:
+        return change if change and planned(change.overrides).fits else None
+    except BadInput:  # the data, or the base, cannot be used so
+        return None
 
 
 def write_fitting(path: Path, plan: "Plan") -> Path:

@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 
 from lorakit import adapters, environment
 from lorakit.cli.comparing import losses_of
+from lorakit.cli.plan import find_change, will_not_fit
 from lorakit.cli.screen import Screen
-from lorakit.errors import Interrupted
+from lorakit.errors import Interrupted, Notice
 from lorakit.export.card import write_card
 from lorakit.export.merge import Options, check_output, merge, planned, verdict
 from lorakit.processes import Signalled, Stop
@@ -41,7 +43,7 @@ class Finished:
 
 def run(
     screen: Screen,
-    recipe: Recipe,
+    read: Callable[[list[str]], Recipe],
     permissions: Permissions,
     mode: Mode,
     *,
@@ -50,15 +52,24 @@ def run(
 ) -> Finished | None:
     """Plan, train and merge; return the result in the main process, None in the others.
 
+    `read` returns the recipe with further values of `--set`.
+
     Raises:
         Interrupted: when a signal came and there is a checkpoint to go on from.
     """
+    recipe = read([])
     runtime = start()
     path = recipe.run_folder
     goes_on = mode in ("resume", "resume-or-start")
     try:
         with folders.interruptible(path) if goes_on else nullcontext():
             plan = planned_run(screen, recipe, permissions, mode, runtime)
+            warn_of_memory(
+                screen,
+                plan,
+                lambda extra: make(read(extra), runtime, permissions),
+                is_main=runtime.is_main,
+            )
             if plan.memory.parts["weights"] > LARGE:
                 screen.say("Reading   every byte of the base once, so that a resume knows it again")
             pinned = passports.pinned(plan, runtime)
@@ -97,8 +108,26 @@ def planned_run(
     for label, text in summary.lines(plan):
         screen.say(f"{label:9} {text}")
     if runtime.is_main:
-        check_space(path / "checkpoints", plan.shape.trainable, recipe.train.keep_checkpoints)
+        size = summary.checkpoint_bytes(plan)
+        check_space(path / "checkpoints", size, recipe.train.keep_checkpoints)
     return plan
+
+
+def warn_of_memory(
+    screen: Screen, plan: Plan, planned: Callable[[list[str]], Plan], *, is_main: bool
+) -> None:
+    """Say where a run needs more memory than there is, and what would make it fit.
+
+    The estimate may be wrong and memory may become free: the run goes on, unless with `--strict`.
+    """
+    if plan.fits:
+        return
+    change = find_change(plan, planned)  # in every process: planning waits for the others
+    screen.recipe = plan.recipe
+    if is_main:
+        error = will_not_fit(plan, change)
+        message = f"{error.message}: memory may run out"
+        screen.notice(Notice("plan.does-not-fit", message, help=error.help))
 
 
 def carried_out(

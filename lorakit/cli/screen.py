@@ -182,7 +182,7 @@ class Screen:
             self._note(text)
             self.err.write_line(text, "red")
         if self.json:
-            described = [self._described(problem) for problem in problems]
+            described = [self.described(problem) for problem in problems]
             several = {"errors": described} if isinstance(error, RecipeError) else {}
             self._document({"error": described[0], **several}, error.exit_code)
 
@@ -220,7 +220,8 @@ class Screen:
         }
         write_result(self._clean(json.dumps(document, indent=2, default=str)) + "\n")
 
-    def _described(self, error: LorakitError) -> dict[str, Any]:
+    def described(self, error: LorakitError) -> dict[str, Any]:
+        """Return an error as it stands in the JSON document."""
         where = error.where
         return {
             "id": error.id,

@@ -21,6 +21,7 @@ from lorakit.cli.screen import (
 from lorakit.processes import launch
 
 if TYPE_CHECKING:
+    from lorakit.recipe.sections import Recipe
     from lorakit.training.folder import Mode
 
 MOST_GPUS = 16  # of one machine
@@ -82,11 +83,13 @@ def train(
     from lorakit.cli.running import run
     from lorakit.training.plan import Permissions
 
-    loaded = read_recipe(screen, recipe, overrides)
+    def read(extra: list[str]) -> "Recipe":
+        return read_recipe(screen, recipe, [*overrides, *extra])
+
     permissions = Permissions(screen.offline, allow_local_code, allow_remote_code)
     result = run(
         screen,
-        loaded,
+        read,
         permissions,
         modes[0] if modes else "start",
         allow_inexact=allow_inexact,

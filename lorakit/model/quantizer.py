@@ -23,7 +23,7 @@ from lorakit.model.quantized import INT8_STEPS, Quantization, QuantizedLinear, S
 from lorakit.model.sites import Site, find_sites
 
 NAME = "lorakit"
-# The last part of a path to what sends tokens to experts.
+# How a name of what sends tokens to experts ends; its own linear layer may stand within it.
 ROUTERS = ("gate", "router")
 # What transformers makes of weights that bitsandbytes has quantised.
 STORED = frozenset({"Linear4bit", "Linear8bitLt"})
@@ -43,6 +43,7 @@ def quantizable(model: PreTrainedModel) -> list[Site]:
         and site.layer is not None
         and site.role != "head"
         and not site.name.endswith(ROUTERS)
+        and not set(ROUTERS) & set(site.name.split("."))
         and not fp32 & set(site.name.split("."))
         and site.inputs % 2 == 0  # two values share a byte
     ]

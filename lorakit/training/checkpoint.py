@@ -27,7 +27,6 @@ OPTIMIZER = "optimizer.safetensors"
 SCHEMA = 1
 _HELD = re.compile(r"recipe\.(adapter\.|train\.optimizer$)")  # keys whose tensors it holds
 LARGEST_SCALE = 2.0**64  # of a loss in fp16, which overflows long before
-BYTES_PER_VALUE = 12  # of what is trained: itself and two moments of AdamW, each in fp32
 NOT_FINITE = "lower train.learning_rate, or set model.dtype to bf16 or fp32"
 
 
@@ -114,15 +113,17 @@ def check_finite(tensors: Mapping[str, torch.Tensor], step: int, checkpoints: Pa
             raise RunFailed("run.not-finite", message, where=str(checkpoints), help=NOT_FINITE)
 
 
-def check_space(checkpoints: Path, trainable: int, keep: int) -> None:
+def check_space(checkpoints: Path, size: int, keep: int) -> None:
     """Check that the checkpoints of a run will fit: those it keeps, and one more while it saves.
+
+    Each takes `size` bytes.
 
     Raises:
         RunFailed: `storage.full`, with the bytes needed and available.
     """
     missing = max(1, keep + 1 - len(_steps(checkpoints)))
     try:
-        require_space(checkpoints, missing * trainable * BYTES_PER_VALUE)
+        require_space(checkpoints, missing * size)
     except RunFailed as error:
         error.help = "lower train.keep_checkpoints, or move output_dir to another disk"
         raise

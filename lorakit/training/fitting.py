@@ -25,13 +25,36 @@ SHORTEST = 128
 Checkpointing = bool | Literal["auto", "offload"]
 
 
+def needed(shape: Shape, setup: Setup, scale: float = 1.0) -> float:
+    """Return the bytes of a step whose activations take so many times what is estimated."""
+    memory = estimate(shape, setup)
+    return memory.total + (scale - 1) * _moving(memory)
+
+
+def scale_of(shape: Shape, setup: Setup, peak: int) -> float:
+    """Return how many times what is estimated the activations of a step with this peak took."""
+    memory = estimate(shape, setup)
+    still = memory.total - _moving(memory) - memory.parts["overhead"]
+    return (peak - still) / _moving(memory)
+
+
+def _moving(memory: Memory) -> int:
+    return memory.parts["activations"] + memory.parts["logits"]
+
+
 def settle(
-    shape: Shape, setup: Setup, steps: Steps, free: int, checkpointing: Checkpointing
+    shape: Shape,
+    setup: Setup,
+    steps: Steps,
+    free: int,
+    checkpointing: Checkpointing,
+    scale: float = 1.0,
 ) -> tuple[Steps, Setup]:
     """Return steps and setup that fit into so many bytes, at the least cost in time.
 
     What the recipe leaves open: first micro-batches down to enough tokens; then recomputed
     layers, as few as that needs; then smaller micro-batches. Where nothing fits, the smallest.
+    Activations take `scale` times what is estimated.
     """
     most = shape.layers if checkpointing else 0
     least = 0 if checkpointing == "auto" else most
@@ -40,7 +63,7 @@ def settle(
         return replace(setup, tokens=split.micro_batch_tokens, recomputed=recomputed)
 
     def fits(split: Steps, recomputed: int) -> bool:
-        return estimate(shape, tried(split, recomputed)).total <= MARGIN * free
+        return needed(shape, tried(split, recomputed), scale) <= MARGIN * free
 
     splits = list(_splits(steps, setup))
     enough = ENOUGH_TOKENS if setup.gpu else ENOUGH_TOKENS_CPU
@@ -87,20 +110,37 @@ class Change:
     @property
     def exact(self) -> bool:
         """Whether the result stays what it is."""
-        return not self.keys.keys() & {"model.quantization", "data.max_length"}
+        return not any(key.startswith(("model.", "data.")) for key in self.keys)
 
 
-def cheapest(shape: Shape, setup: Setup, steps: Steps, free: int, recipe: Recipe) -> Change | None:
+def cheapest(
+    shape: Shape,
+    setup: Setup,
+    steps: Steps,
+    free: int,
+    recipe: Recipe,
+    *,
+    stored: bool = False,
+    ran_out: bool = False,
+) -> Change | None:
     """Return the change that costs least and makes a run fit into so many bytes, None if none does.
 
     Tried in order, each with all that come before it: smaller micro-batches, recomputed layers,
-    their inputs in host memory, a base in 4 bits, shorter rows.
+    their inputs in host memory, a base in 4 bits, shorter rows. A form that the base is `stored` in
+    stays. With `ran_out` the setup is what did not fit although it had been expected to, so `auto`
+    would choose it again.
     """
-    quantizations = dict.fromkeys([setup.quantization, setup.quantization or Quantization("nf4")])
+    quantizations = dict.fromkeys([setup.quantization])
+    if not stored:
+        held = setup.quantization
+        quantizations[Quantization("fp4" if held and held.form == "fp4" else "nf4")] = None
     asked = recipe.train.gradient_checkpointing
     longest = recipe.data.max_length
     lengths = [length for n in range(10) if (length := longest >> n) >= SHORTEST or n == 0]
-    ways: dict[Checkpointing, None] = dict.fromkeys([asked, True])
+    first: Checkpointing = asked
+    if ran_out and asked == "auto":  # no layer, as `auto` had it, or all
+        first = setup.recomputed > 0
+    ways: dict[Checkpointing, None] = dict.fromkeys([first, True])
     if setup.gpu:
         ways["offload"] = None
     for length, how, checkpointing in product(lengths, quantizations, ways):
@@ -115,12 +155,17 @@ def cheapest(shape: Shape, setup: Setup, steps: Steps, free: int, recipe: Recipe
                 if split.limit < steps.limit:
                     rows = split.limit // split.longest if split.by_tokens else split.limit
                     keys["train.micro_batch_size"] = max(1, rows)
-                if checkpointing != asked:
+                if checkpointing and checkpointing != asked:
                     keys["train.gradient_checkpointing"] = checkpointing
-                if how != setup.quantization:
-                    keys["model.quantization"] = how.form
+                if how and how != setup.quantization:
+                    if how.form != recipe.model.quantization:
+                        keys["model.quantization"] = how.form
+                    if not recipe.model.double_quant:
+                        keys["model.double_quant"] = True
                 if length != longest:
                     keys["data.max_length"] = length
+                    if steps.longest > length and recipe.data.too_long != "truncate":
+                        keys["data.too_long"] = "truncate"
                 return Change(keys, memory)
             split = None if split.by_tokens else split.halved()
     return None

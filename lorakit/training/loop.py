@@ -41,7 +41,7 @@ def train(
             the disk refuses. The last checkpoint is intact.
         Interrupted: when a signal asked to stop; a checkpoint of the last step was written.
     """
-    with explained(plan):
+    with explained(plan, folder):
         run = prepare(plan, runtime, folder, reporter, stop)
         probe(run)
         folder.at_work = True

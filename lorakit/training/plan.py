@@ -30,7 +30,7 @@ from lorakit.recipe.rules import unusual
 from lorakit.recipe.sections import Recipe
 from lorakit.runtime import Runtime, resolve_dtype
 from lorakit.training import checks, optim
-from lorakit.training.fitting import settle
+from lorakit.training.fitting import Change, cheapest, settle
 from lorakit.training.memory import Memory, Setup, Shape, estimate
 from lorakit.training.speed import Card
 from lorakit.training.trace import Trace, plain_trace, trace
@@ -109,6 +109,13 @@ class Plan:
         steps = self.steps.limited(limit)
         setup = replace(self.setup, tokens=steps.micro_batch_tokens, recomputed=recomputed)
         return replace(self, steps=steps, setup=setup)
+
+    def change(self, free: int, *, ran_out: bool = False) -> Change | None:
+        """Return the change to the recipe that costs least and makes it fit into so many bytes."""
+        stored = self.base.stored is not None
+        return cheapest(
+            self.shape, self.setup, self.steps, free, self.recipe, stored=stored, ran_out=ran_out
+        )
 
     @property
     def quantization(self) -> Quantization | None:

@@ -2,15 +2,18 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
 from lorakit.data.batches import Batch
 from lorakit.errors import RunFailed
+from lorakit.model.checkpointing import checkpoint_layers
 from lorakit.model.loss import token_loss
 from lorakit.scoring import put
-from lorakit.training.fitting import cheapest
-from lorakit.training.memory import GIB
+from lorakit.training.fitting import MARGIN, needed, scale_of, settle
+from lorakit.training.folder import RunFolder
+from lorakit.training.memory import GIB, estimate
 from lorakit.training.plan import Plan
 from lorakit.training.run import Run
 
@@ -25,7 +28,7 @@ def ran_out(error: BaseException) -> bool:
 
 
 @contextmanager
-def explained(plan: Plan) -> Iterator[None]:
+def explained(plan: Plan, folder: RunFolder) -> Iterator[None]:
     """Say what may help when memory runs out anywhere but in a micro-batch.
 
     Raises:
@@ -36,34 +39,32 @@ def explained(plan: Plan) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not ran_out(error):
             raise
-        raise out_of_memory(plan, "memory ran out") from error
+        raise out_of_memory(plan, folder, "memory ran out") from error
 
 
-def out_of_memory(plan: Plan, what: str) -> RunFailed:
+def out_of_memory(plan: Plan, folder: RunFolder, what: str) -> RunFailed:
     """Return the error that says what happened, where the memory goes, and what would fit."""
     parts = ", ".join(
         f"{name} {size / GIB:.1f}" for name, size in plan.memory.parts.items() if size
     )
     budget = int(0.9 * min(plan.free_bytes, plan.memory.total))
-    change = cheapest(plan.shape, plan.setup, plan.steps, budget, plan.recipe)
+    change = plan.change(budget, ran_out=True)
     help = "nothing in the recipe makes it much smaller; take a smaller base"
     if change:
         again = "the same result" if change.exact else "another result"
         help = f"{change.options} needs about {change.memory.total / GIB:.1f} GiB, {again}"
-    if plan.recipe.train.on_oom == "stop":
-        help += "; -s train.on_oom=halve makes micro-batches smaller by itself"
-    return RunFailed(
-        "run.out-of-memory",
-        f"{what} (planned, in GiB: {parts}); the last checkpoint is intact",
-        help=help,
-    )
+    message = f"{what} (planned, in GiB: {parts})"
+    if folder.resume or (folder.at_work and any(folder.checkpoints.glob("step-*"))):
+        message += "; the last checkpoint is intact"
+    return RunFailed("run.out-of-memory", message, help=help)
 
 
 def probe(run: Run) -> None:
     """Try the largest micro-batch on a GPU before the first step, where its size was our choice.
 
     Halves it until it fits, and keeps nothing: gradients are zero again, and each step seeds its
-    own generators. What the optimizer will need is held meanwhile.
+    own generators. What the optimizer will need is held meanwhile. Then the choice is corrected by
+    what was measured.
 
     Raises:
         RunFailed: when a single row is too much.
@@ -78,8 +79,47 @@ def probe(run: Run) -> None:
         run.gradients.zero()
         run.runtime.release()
         if not short:
-            return
+            break
         halve(run, run.state.step, batch)
+    correct(run, batch)
+
+
+def correct(run: Run, batch: Batch) -> None:
+    """Choose again where a micro-batch's measured peak shows that the next may not fit.
+
+    The estimate and the peak are noted; activations are then taken as large as they were.
+    """
+    plan, runtime = run.plan, run.runtime
+    setup = replace(plan.setup, tokens=batch.input_ids.numel())
+    memory, peak = estimate(plan.shape, setup), runtime.peak_bytes()
+    found = {
+        "tokens": setup.tokens,
+        "estimated_bytes": memory.total - memory.parts["overhead"],
+        "measured_bytes": peak,
+    }
+    run.folder.note(probe=found)
+    scales = torch.zeros(runtime.processes, device=runtime.device)
+    scales[runtime.process] = scale_of(plan.shape, setup, peak)
+    scale = float(runtime.sum(scales).max())  # the same in every process
+    if scale <= 1 or needed(plan.shape, plan.setup, scale) <= MARGIN * plan.free_bytes:
+        return
+    how = plan.recipe.train.gradient_checkpointing
+    split, setup = settle(plan.shape, plan.setup, plan.steps, plan.free_bytes, how, scale)
+    run.plan = plan.with_choices(
+        min(split.limit, plan.steps.limit), max(setup.recomputed, plan.setup.recomputed)
+    )
+    recomputed, tokens = run.plan.setup.recomputed, run.plan.steps.micro_batch_tokens
+    queue = runtime.copy_queue() if plan.setup.offload else None
+    checkpoint_layers(run.model, recomputed, queue=queue)
+    run.folder.note(
+        micro_batch_limit=run.plan.steps.limit,
+        micro_batch_tokens=tokens,
+        recomputed_layers=recomputed,
+    )
+    run.reporter.say(
+        f"a micro-batch took {peak / GIB:.1f} GiB, {found['estimated_bytes'] / GIB:.1f} were "
+        f"expected: now up to {tokens:,} tokens, {recomputed} layers computed again"
+    )
 
 
 def _runs(run: Run, batch: Batch) -> bool:
@@ -98,7 +138,10 @@ def _runs(run: Run, batch: Batch) -> bool:
 
 def in_a_batch(run: Run, index: int, batch: Batch) -> RunFailed:
     """Return the error that a step's micro-batch needed more memory than there is."""
-    return out_of_memory(run.plan, f"memory ran out in {_place(run, index, batch)}")
+    error = out_of_memory(run.plan, run.folder, f"memory ran out in {_place(run, index, batch)}")
+    if run.plan.steps.halved():
+        error.help = f"{error.help}; -s train.on_oom=halve makes micro-batches smaller by itself"
+    return error
 
 
 def fell_short(run: Run, batch: Batch | None) -> bool:
@@ -121,7 +164,7 @@ def halve(run: Run, index: int, batch: Batch | None) -> None:
     plan, place = run.plan, _place(run, index, batch)
     smaller = plan.steps.halved()
     if smaller is None:
-        raise out_of_memory(plan, f"memory ran out in {place}")
+        raise out_of_memory(plan, run.folder, f"memory ran out in {place}")
     run.plan = plan.with_choices(smaller.limit, plan.setup.recomputed)
     tokens = run.plan.steps.micro_batch_tokens
     run.gradients.zero()

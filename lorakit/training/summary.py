@@ -2,14 +2,14 @@
 
 from typing import Any
 
+from lorakit.errors import one_of
 from lorakit.runtime import DTYPES
 from lorakit.storage.disk import free_space
-from lorakit.training.checkpoint import BYTES_PER_VALUE
-from lorakit.training.memory import GIB, OVERHEAD, Memory
+from lorakit.training.memory import GIB, OVERHEAD, Memory, optimizer_bytes
 from lorakit.training.optim import warmup_steps
 from lorakit.training.plan import Plan
 from lorakit.training.progress import duration
-from lorakit.training.speed import Rate, step_flops
+from lorakit.training.speed import CARDS, Card, Rate, step_flops
 
 # Files of weights are seldom larger.
 SHARD = 5 * 10**9
@@ -48,7 +48,7 @@ def facts(plan: Plan, rate: Rate | None = None) -> dict[str, Any]:
     }
 
 
-def lines(plan: Plan, rate: Rate | None = None) -> list[tuple[str, str]]:
+def lines(plan: Plan, rate: Rate | None = None, card: Card | None = None) -> list[tuple[str, str]]:
     """Return the plan for people: a label and what it says, a pair a line."""
     recipe, report = plan.recipe, plan.dataset.report
     share = 100 * plan.shape.trainable / plan.shape.parameters
@@ -85,6 +85,7 @@ def lines(plan: Plan, rate: Rate | None = None) -> list[tuple[str, str]]:
         *([("Host", f"{host_bytes(plan) / GIB:.2f} GiB beside the GPU")] if plan.setup.gpu else []),
         ("Disk", _disk(plan)),
         *([("Time", _time(plan, rate))] if rate else []),
+        *([("Time", _no_time(card))] if card and not rate else []),
         ("Servable", " · ".join(" ".join(one) for one in plan.servable.items())),
         ("Output", str(recipe.run_folder)),
     ]
@@ -131,7 +132,22 @@ def host_bytes(plan: Plan) -> int:
     folder = plan.base.folder
     files = [path.stat().st_size for path in folder.glob("*.safetensors")] if folder else []
     whole = plan.shape.parameters * plan.dtype.itemsize
-    return OVERHEAD + max(files, default=min(whole, SHARD)) + plan.memory.host
+    waits = max(plan.memory.host, _merge_bytes(plan))
+    return OVERHEAD + max(files, default=min(whole, SHARD)) + waits
+
+
+def _merge_bytes(plan: Plan) -> int:
+    """Return the bytes of a base that the merge holds quantised, to measure or to dequantise it."""
+    recipe, how = plan.recipe, plan.quantization
+    merge = recipe.merge
+    has_rows = recipe.eval.data is not None or recipe.data.eval is not None
+    holds = (merge.measure and has_rows) or merge.base_weights == "dequantised"
+    return how.held_bytes(plan.shape.linears) if how and merge.enabled and holds else 0
+
+
+def checkpoint_bytes(plan: Plan) -> int:
+    """Return the bytes of a checkpoint: the adapter in fp32, and the optimizer's states."""
+    return 4 * plan.shape.trainable + optimizer_bytes(plan.shape, plan.setup.optimizer)
 
 
 def disk_bytes(plan: Plan) -> dict[str, int]:
@@ -141,7 +157,7 @@ def disk_bytes(plan: Plan) -> dict[str, int]:
     checkpoints = recipe.train.keep_checkpoints + 1 + bool(plan.dataset.eval)
     dtype = DTYPES.get(recipe.merge.dtype, plan.dtype)
     return {
-        "checkpoints": checkpoints * BYTES_PER_VALUE * trainable,
+        "checkpoints": checkpoints * checkpoint_bytes(plan),
         "adapter": 4 * trainable,
         "merged": plan.shape.parameters * dtype.itemsize if recipe.merge.enabled else 0,
         "free": free_space(recipe.run_folder),
@@ -159,3 +175,10 @@ def _time(plan: Plan, rate: Rate) -> str:
     step = seconds(plan, rate)
     each = f"{step:.2g} s" if step < 10 else duration(step)
     return f"{each} a step, {duration(step * plan.steps.total)} in all (estimate: {rate.source})"
+
+
+def _no_time(card: Card) -> str:
+    """Say why a card has no rate, and which cards like it have one."""
+    like = sorted(CARDS.values(), key=lambda one: abs(one.memory - card.memory))[:3]
+    names = one_of(repr(one.name) for one in like)
+    return f"unknown: {card.name} says nothing of speed; name a card, such as --gpu {names}"

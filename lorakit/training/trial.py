@@ -13,6 +13,7 @@ from lorakit.training.memory import GIB, estimate
 from lorakit.training.plan import Plan
 from lorakit.training.progress import Reporter
 from lorakit.training.run import choose_kernels, prepare
+from lorakit.training.shortage import explained
 from lorakit.training.speed import Rate, step_flops
 
 STEPS = 2
@@ -53,11 +54,20 @@ def trial(plan: Plan, runtime: Runtime, rate: Rate) -> Trial:
     """Load the base, take two steps and keep nothing.
 
     On a GPU the bytes are the allocator's; on a CPU how far resident memory grew.
+
+    Raises:
+        RunFailed: as `loop.train` does.
     """
+    nowhere = RunFolder(Path(), False, {})
+    with explained(plan, nowhere):
+        return _two_steps(plan, runtime, rate, nowhere)
+
+
+def _two_steps(plan: Plan, runtime: Runtime, rate: Rate, folder: RunFolder) -> Trial:
     silent = Reporter(STEPS, STEPS, say=lambda _: None, console=None, metrics=None)
     choose_kernels(plan, runtime, silent)  # a compiler's memory is no tensor's
     before = runtime.used_bytes()
-    run = prepare(plan, runtime, RunFolder(Path(), False, {}), silent, Stop())
+    run = prepare(plan, runtime, folder, silent, Stop())
     for index in range(STEPS):
         began = time.monotonic()
         loop.step(run, index)

@@ -11,6 +11,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ import machine
 import memory_grid
 import quantised
 import report
+import wheels
 from bench import ROOT, Bench, commit, say
 
 sys.path.insert(0, str(ROOT))
@@ -113,7 +115,9 @@ def pytest_gpu(work: Path) -> dict[str, Any]:
     """Run the tests that carry the marker gpu; where pytest is missing, say so."""
     if importlib.util.find_spec("pytest") is None:
         return {"error": "pytest is not installed on this machine"}
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
+    files = sorted(str(file) for file in (ROOT / "tests").glob("test_gpu*.py"))
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    command += ["--continue-on-collection-errors", *files]
     done = machine.run(
         ["env", "-C", str(ROOT), "OFFLINE=1", *command],
         work / "pytest",
@@ -121,20 +125,29 @@ def pytest_gpu(work: Path) -> dict[str, Any]:
         limit=300.0,
     )
     tail = (done.out + done.error).strip().splitlines()[-15:]
-    return {"code": done.code, "no_tests": done.code == 5, "tail": tail, "seconds": done.seconds}
+    passed = re.search(r"\b(\d+) passed\b", tail[-1] if tail else "")
+    return {
+        "code": done.code,
+        "passed": int(passed[1]) if passed else 0,
+        "tail": tail,
+        "seconds": done.seconds,
+    }
 
 
 def memory(options: argparse.Namespace) -> dict[str, Any]:
     """Compare the peak of two steps with the plan's estimate, over the fixed grid."""
     options.work.mkdir(parents=True, exist_ok=True)
+    earlier = options.earlier / "memory.json"
+    done = memory_grid.numbers_of(earlier)
+    numbers = [1, 4, 6] if TINY else range(1, 1 + len(memory_grid.grid(options.device)))
     rows = memory_grid.measured(
         options.device,
         options.work,
         minutes=options.minutes,
-        only=[1, 4, 6] if TINY else None,
+        only=[number for number in numbers if number not in done],
         tiny=TINY,
     )
-    return memory_grid.results(options.device, rows)
+    return memory_grid.with_earlier(memory_grid.results(options.device, rows), earlier)
 
 
 def quantise(options: argparse.Namespace) -> dict[str, Any]:
@@ -174,17 +187,10 @@ def peers_environment(options: argparse.Namespace) -> tuple[Path | None, str]:
         return Path(sys.executable), "trl is installed on this machine"
     if not options.wheels:
         return None, "no trl on this machine, and WHEELS names no folder of wheels"
-    folder = options.work / "peers"
-    python = folder / "bin" / "python"
-    commands = (
-        [sys.executable, "-m", "venv", "--system-site-packages", "--clear", str(folder)],
-        [str(python), "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
-        + [str(wheel) for wheel in sorted(options.wheels.glob("*.whl"))],
-    )
-    for command in commands:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            return None, f"{' '.join(command[1:5])}: {done.stderr.strip()[-600:]}"
+    try:
+        python = wheels.overlay(options.work / "peers", sorted(options.wheels.glob("*.whl")))
+    except subprocess.CalledProcessError as error:
+        return None, f"pip: {error.stderr.strip()[-600:]}"
     return python, f"wheels from {options.wheels.name}"
 
 
@@ -199,16 +205,31 @@ SECTIONS = {
 }
 
 
+def failures(found: Any, at: str = "") -> list[str]:
+    """Return what of a section's results failed, did not agree, or did not run."""
+    if isinstance(found, list):
+        return [one for n, part in enumerate(found, 1) for one in failures(part, f"{at} {n}")]
+    if not isinstance(found, dict):
+        return []
+    failed = [f"{at}: {found['error']}"] if found.get("error") else []
+    failed += [f"{name} is not equal" for name in found.get("not_equal", [])]
+    if "passed" in found and (found["code"] or not found["passed"]):
+        failed.append(f"{at}: exit code {found['code']}, {found['passed']} passed")
+    return failed + [one for key, part in found.items() for one in failures(part, f"{at} {key}")]
+
+
 def main() -> int:
     """Carry out one section; return 1 when something that must hold does not."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("section", choices=SECTIONS)
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--earlier", type=Path, help="folder of results to go on from; else --out")
     parser.add_argument("--work", type=Path, default=cache_folder() / "bench-gpu")
     parser.add_argument("--wheels", type=Path, help="folder with wheels of peers")
     parser.add_argument("--minutes", type=float, default=MINUTES)
     options = parser.parse_args()
     options.work = options.work.resolve()
+    options.earlier = options.earlier or options.out
     options.began = time.monotonic()
     has_gpu = Path("/dev/nvidiactl").exists()
     if not has_gpu and not TINY:
@@ -223,9 +244,10 @@ def main() -> int:
     out.write_text(text + "\n", encoding="utf-8")
     print(report.gpu(found))
     say(f"wrote {out}")
-    return (
-        1 if found.get("not_equal") or found.get("pytest", {}).get("code", 0) not in (0, 5) else 0
-    )
+    failed = failures(found, options.section)
+    for one in failed:
+        say(one.strip().splitlines()[-1])
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -236,7 +236,7 @@ def measured(
     until = time.monotonic() + 60 * minutes
     rows = []
     for number, (shape, way) in enumerate(grid(device), 1):
-        if only and number not in only:
+        if only is not None and number not in only:
             continue
         shape = TINY if tiny else shape
         row: dict[str, Any] = {"number": number, "shape": shape.name, "dtype": shape.dtype}
@@ -271,14 +271,30 @@ def results(device: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def numbers_of(file: Path) -> set[int]:
+    """Return which rows an earlier call measured on the same commit, with the same versions."""
+    return {row["number"] for row in _earlier(file).get("rows", []) if "measured" in row}
+
+
 def with_earlier(found: dict[str, Any], file: Path) -> dict[str, Any]:
     """Return results with the rows that an earlier call measured on the same commit and device."""
-    if not file.is_file():
+    earlier = _earlier(file)
+    ran = any("device" in row for row in found["rows"])
+    if not earlier or (ran and earlier["device"] != found["device"]):
         return found
-    earlier = json.loads(file.read_text(encoding="utf-8"))
-    same = all(earlier.get(key) == found[key] for key in ("grid", "commit", "device", "versions"))
-    rows = {row["number"]: row for row in (*(earlier["rows"] if same else ()), *found["rows"])}
-    return found | {"rows": [rows[number] for number in sorted(rows)]}
+    rows = {row["number"]: row for row in (*earlier["rows"], *found["rows"])}
+    return found | {
+        "device": earlier["device"],
+        "rows": [rows[number] for number in sorted(rows)],
+    }
+
+
+def _earlier(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    earlier: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    now = {"grid": "memory", "commit": commit(), "versions": measure.versions()}
+    return earlier if all(earlier.get(key) == value for key, value in now.items()) else {}
 
 
 def table(found: dict[str, Any]) -> str:

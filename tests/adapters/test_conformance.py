@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -217,18 +218,42 @@ def test_schedule_state_survives(name):
     assert again.state() == method.state()
 
 
-@pytest.mark.parametrize("held", ["fp32", "nf4"])
-def test_gradients_are_the_same_when_layers_are_recomputed(family, name, held):
-    model, method, _ = put_on(base_of(family, held), name)
+@pytest.mark.parametrize(("held", "dropout"), [("fp32", 0), ("nf4", 0), ("fp32", 0.3)])
+def test_gradients_are_the_same_when_layers_are_recomputed(family, name, held, dropout):
+    """The masks of a dropout are drawn again as they were."""
+    settings = adapters.get(name).Settings.model_fields
+    dropped = {"dropout": dropout} if dropout and "dropout" in settings else {}
+    model, method, _ = put_on(base_of(family, held), name, **dropped)
     scramble(model, method)
+    adapters.set_training(model, True)
     grads = []
     for count in (0, None):
         checkpoint_layers(model, count)
+        torch.manual_seed(3)
         loss(model).backward()
         grads.append({key: t.grad.clone() for key, t in adapters.trainable(model).items()})
         for tensor in adapters.trainable(model).values():
             tensor.grad = None
     assert all(torch.equal(grad, grads[1][key]) for key, grad in grads[0].items())
+
+
+def test_a_weight_is_dequantised_once_in_each_direction(family, name, monkeypatch):
+    model, method, _ = put_on(base_of(family, "nf4"), name)
+    scramble(model, method)
+    adapters.set_training(model, True)
+    made, counts = QuantizedLinear.dense, Counter()
+
+    def counted(module):
+        counts[module] += 1
+        return made(module)
+
+    monkeypatch.setattr(QuantizedLinear, "dense", counted)
+    total = loss(model)
+    assert counts.keys() == {m for m in model.modules() if isinstance(m, QuantizedLinear)}
+    assert set(counts.values()) == {1}
+    counts.clear()
+    total.backward()
+    assert set(counts.values()) == {1}  # none where no gradient goes on to an input
 
 
 def test_gradients_on_a_quantised_base_are_those_on_the_dense_weight(family, name, monkeypatch):

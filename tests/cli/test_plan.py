@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
 from typer.testing import CliRunner
 
 from lorakit.cli.app import app
 from lorakit.model import base, quantized
 from lorakit.runtime import Runtime
-from lorakit.training import fitting
-from tests.tiny import write_tiny_model
+from lorakit.training import fitting, memory
+from tests.tiny import write_tiny_model, write_wide_model
 
 runner = CliRunner()
 
@@ -60,6 +62,71 @@ def test_a_plan_that_does_not_fit_exits_1(recipe: str, monkeypatch: pytest.Monke
     assert "error[plan.will-not-fit]" in ended.stderr
     document = json.loads(runner.invoke(app, ["plan", recipe, "--json"]).stdout)
     assert (document["exit"], document["fits"]) == (1, False)
+    assert document["error"]["id"] == "plan.will-not-fit"
+    assert document["error"]["hint"].startswith("nothing in the recipe")
+
+
+def test_train_warns_where_the_plan_does_not_fit(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the change that `plan` proposes; with --strict nothing begins."""
+    monkeypatch.setattr(memory, "OVERHEAD", 0)
+    monkeypatch.setattr(memory, "LIBRARIES", 0)
+    settings = ["-s", "train.gradient_checkpointing=false", "-s", f"output_dir={tmp_path / 'run'}"]
+    settings += ["-s", "train.max_steps=1", "-s", "train.micro_batch_size=8"]
+    ended = runner.invoke(app, ["plan", recipe, *settings, "--json"])
+    total = json.loads(ended.stdout)["memory"]["total"]
+    assert "error" not in json.loads(ended.stdout)
+    monkeypatch.setattr(Runtime, "free_bytes", lambda _: total - 1)
+    ended = runner.invoke(app, ["plan", recipe, *settings, "--json"])
+    help = json.loads(ended.stdout)["error"]["hint"]
+    assert help.startswith("it fits with -s train.")
+    strict = runner.invoke(app, ["train", recipe, *settings, "--strict"])
+    assert strict.exit_code == 2
+    assert "error[usage.strict]" in strict.stderr
+    assert not (tmp_path / "run").exists()
+    ended = runner.invoke(app, ["train", recipe, *settings])
+    assert ended.exit_code == 0, ended.stderr
+    assert "warning[plan.does-not-fit]" in ended.stderr
+    assert help in " ".join(ended.stderr.split())
+    kept = yaml.safe_load((tmp_path / "run" / "resolved.yaml").read_text())
+    assert kept["train"]["micro_batch_size"] == 8
+
+
+@pytest.mark.parametrize("command", [["plan", "--measure"], ["train"]])
+def test_memory_that_runs_out_while_loading_is_no_bug(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    monkeypatch.setattr(base, "load", load)
+    settings = ["-s", f"output_dir={tmp_path / 'run'}"]
+    ended = runner.invoke(app, [*command, recipe, *settings])
+    assert ended.exit_code == 3, ended.stderr
+    assert "error[run.out-of-memory]" in ended.stderr
+    assert "memory ran out (planned, in GiB: weights" in " ".join(ended.stderr.split())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "lion_8bit", "sgd", "adafactor"])
+def test_the_disk_of_checkpoints_is_that_of_a_run(
+    tmp_path: Path, recipe: str, optimizer: str
+) -> None:
+    """Two are kept and one is being written: each has the adapter and the optimizer's states."""
+    write_wide_model(tmp_path / "wide")
+    settings = [
+        f"model.path={tmp_path / 'wide'}",
+        "adapter.rank=64",
+        f"output_dir={tmp_path / 'r'}",
+    ]
+    settings += [f"train.optimizer={optimizer}", "train.max_steps=1", "train.keep_checkpoints=2"]
+    options = [word for one in settings for word in ("-s", one)]
+    planned = json.loads(runner.invoke(app, ["plan", recipe, *options, "--json"]).stdout)
+    ended = runner.invoke(app, ["train", recipe, *options])
+    assert ended.exit_code == 0, ended.stderr
+    files = (tmp_path / "r" / "checkpoints" / "step-000001").rglob("*.safetensors")
+    written = sum(path.stat().st_size for path in files)
+    assert planned["disk"]["checkpoints"] / 3 == pytest.approx(written, rel=0.05)
 
 
 def test_checkpointing_auto_takes_as_many_layers_as_memory_asks_for(

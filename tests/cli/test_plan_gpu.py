@@ -13,8 +13,10 @@ import yaml
 from typer.testing import CliRunner
 
 from lorakit.cli.app import app
+from lorakit.errors import BadInput
 from lorakit.recipe.files import packaged_recipes
-from lorakit.training import summary
+from lorakit.recipe.sections import Recipe
+from lorakit.training import plan, summary
 from lorakit.training.speed import CARDS, card
 from tests.tiny import tiny_tokenizer
 from tests.training.shapes import llama
@@ -88,10 +90,85 @@ def test_the_recipe_that_is_written_fits(models: Path, tmp_path: Path) -> None:
     assert yaml.safe_load(fitted.read_text())["model"]["quantization"] == "nf4"
     again = CliRunner().invoke(app, ["plan", str(fitted), "--gpu", "48GiB", "--json"])
     assert again.exit_code == 0, again.stderr
-    plan: dict[str, Any] = json.loads(again.stdout)
-    assert plan["memory"]["total"] <= plan["free_bytes"] == 48 * 2**30
+    planned: dict[str, Any] = json.loads(again.stdout)
+    assert planned["memory"]["total"] <= planned["free_bytes"] == 48 * 2**30
     taken = CliRunner().invoke(app, ["plan", str(fitted), "--gpu", "48GiB", "--fit", str(fitted)])
     assert "output.not-empty" in taken.stderr
+
+
+def test_rows_that_become_shorter_are_cut_not_dropped(models: Path, tmp_path: Path) -> None:
+    """Beyond NF4 and offload only the length is left: dropping most rows is no answer."""
+    rows = [{"prompt": "ask", "completion": "answer " * 1000} for _ in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe, fitted = tmp_path / "recipe.yaml", tmp_path / "fitted.yaml"
+    model = write_model(models, "llama-7b")
+    recipe.write_text(f"model: {model}\ndata: {{train: rows.jsonl, max_length: 2048}}\n")
+    settings = ["model.quantization=nf4", "train.gradient_checkpointing=offload"]
+    settings += ["train.micro_batch_size=1"]
+    smallest = [word for one in settings for word in ("-s", one)]
+    ended = CliRunner().invoke(app, ["plan", str(recipe), *smallest, "--gpu", "24GiB", "--json"])
+    total = json.loads(ended.stdout)["memory"]["total"]
+    card = f"{0.99 * total / 0.95 / 2**30:.4f}GiB"
+    arguments = ["plan", str(recipe), "--gpu", card, "--fit", str(fitted), "--json"]
+    ended = CliRunner().invoke(app, arguments)
+    assert ended.exit_code == 1, ended.stderr
+    change = json.loads(ended.stdout)["change"]
+    assert change["data.max_length"] < 2048
+    assert change["data.too_long"] == "truncate"
+    again = CliRunner().invoke(app, ["plan", str(fitted), "--gpu", card, "--json"])
+    assert again.exit_code == 0, again.stderr
+    assert json.loads(again.stdout)["rows"] == json.loads(ended.stdout)["rows"]
+
+
+@pytest.mark.parametrize("answer", [1, BadInput("data.too-long", "all rows are gone")])
+def test_a_change_that_cannot_be_planned_is_no_answer(
+    models: Path, monkeypatch: pytest.MonkeyPatch, answer: Any
+) -> None:
+    real = plan.make
+
+    def make(recipe: Recipe, *arguments: Any, **options: Any) -> Any:
+        if answer != 1 and recipe.model.quantization == "nf4":
+            raise answer
+        return real(recipe, *arguments, **options)
+
+    monkeypatch.setattr(plan, "make", make)
+    path = write_model(models, "llama-70b")
+    arguments = ["-s", f"model.path={path}", *LONG, "--gpu", "48GiB", "--json"]
+    ended = CliRunner().invoke(app, ["plan", "llama7b-qv", *arguments])
+    assert ended.exit_code == 1, ended.stderr
+    assert ("change" in json.loads(ended.stdout)) is (answer == 1)
+
+
+def test_a_card_of_a_size_alone_has_no_time(models: Path) -> None:
+    path = write_model(models, "llama-7b")
+    arguments = ["plan", "llama7b-qv", "-s", f"model.path={path}", *LONG, "--gpu"]
+    shown = CliRunner().invoke(app, [*arguments, "24GiB"]).stdout
+    (line,) = [line for line in shown.splitlines() if line.startswith("Time ")]
+    assert "--gpu 'RTX 3090'" in line
+    assert (
+        json.loads(CliRunner().invoke(app, [*arguments, "24GiB", "--json"]).stdout)["seconds"]
+        is None
+    )
+    shown = CliRunner().invoke(app, [*arguments, "RTX 3090"]).stdout
+    assert "RTX 3090's 71 TFLOP/s on paper" in shown
+
+
+def test_the_host_holds_a_base_that_the_merge_measures(models: Path) -> None:
+    """In 4 bits, as training held it; into the original weights without measuring nothing is."""
+    path = write_model(models, "llama-7b")
+    arguments = ["plan", "llama7b-qv", "-s", f"model.path={path}", *LONG, "--gpu", "24GiB"]
+    arguments += ["--json", "-s", "model.quantization=nf4"]
+
+    def host(*settings: str) -> int:
+        options = [word for one in settings for word in ("-s", one)]
+        planned = json.loads(CliRunner().invoke(app, [*arguments, *options]).stdout)
+        return int(planned["host_bytes"])
+
+    without = host("merge.enabled=false")
+    assert host("merge.measure=false") == without
+    linears = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
+    assert host() - without == pytest.approx(0.516 * linears, rel=1e-3)
+    assert host("merge.measure=false", "merge.base_weights=dequantised") == host()
 
 
 def test_nothing_may_help(models: Path) -> None:

@@ -4,12 +4,13 @@ import copy
 import gc
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2MoeConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, Qwen2MoeConfig
 
 from lorakit.errors import BadInput, EnvironmentLacks, RunFailed
 from lorakit.model import quantized
@@ -193,6 +194,62 @@ def test_routers_and_fused_experts_stay_dense() -> None:
     leaves = {site.name.rpartition(".")[2] for site in quantizable(model)}
     assert leaves == set("q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split())
     assert any(name.endswith("shared_expert_gate") for name, _ in model.named_modules())
+
+
+SMALL = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "hunyuan_v1_moe": ("mlp.gate.wg", {"num_experts": 4, "moe_topk": 2, "head_dim": 8}),
+    "jetmoe": ("mlp.router.layer", {"num_local_experts": 4, "kv_channels": 8}),
+    "longcat_flash": ("mlp.router.classifier", {"n_routed_experts": 4}),
+    "gemma4_text": (
+        "router.proj",
+        {
+            "head_dim": 8,
+            "global_head_dim": 8,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 16,
+        },
+    ),
+    "dbrx": (
+        "ffn.router.layer",
+        {
+            "d_model": 32,
+            "n_heads": 4,
+            "n_layers": 2,
+            "attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0},
+            "ffn_config": {
+                "ffn_hidden_size": 48,
+                "moe_num_experts": 4,
+                "moe_top_k": 2,
+                "hidden_size": 32,
+            },
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_a_router_that_holds_its_layer_within_stays_dense(family: str) -> None:
+    router, settings = EXPERTS[family]
+    shape = {"vocab_size": 320} if family == "dbrx" else SMALL
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape, **settings))
+    linear = [n for n, module in model.named_modules() if isinstance(module, nn.Linear)]
+    assert any(name.endswith(router) for name in linear)
+    quantised = {site.name for site in quantizable(model)}
+    assert not [name for name in quantised if "router" in name or ".gate." in name]
+    assert any(name.endswith("_proj") or "attn" in name for name in quantised)
+    gates = {name for name in linear if name.endswith("mlp.gate_proj")}
+    assert gates <= quantised
 
 
 @pytest.mark.parametrize("stored", [FORMS[0], FORMS[2], FORMS[3]], ids=str)

@@ -1,6 +1,7 @@
 """Memory that runs out in the middle of a run: what is said, and what goes on as if it had not."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +13,9 @@ from typer.testing import CliRunner
 
 from lorakit.cli.app import app
 from lorakit.errors import RunFailed
+from lorakit.model import base
 from lorakit.runtime import Runtime
-from lorakit.training import loop, shortage
+from lorakit.training import loop, memory, shortage
 from tests.training.test_loop import carry_out, folder, largest_difference
 
 __all__ = ["folder"]
@@ -65,6 +67,8 @@ def test_the_message_says_where_and_what_would_fit(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {"micro_batch_size": 8, "save_every": 1}
+    monkeypatch.setattr(memory, "OVERHEAD", 0)  # a tiny model's activations are nothing beside it
+    monkeypatch.setattr(memory, "LIBRARIES", 0)
     with little_memory(monkeypatch, 0, from_call=2), pytest.raises(RunFailed) as caught:
         carry_out(folder, tmp_path / "run", **settings)
     error = caught.value
@@ -73,12 +77,49 @@ def test_the_message_says_where_and_what_would_fit(
     assert "weights 0.0" in error.message
     assert "the last checkpoint is intact" in error.message
     assert error.help is not None
-    assert "train.on_oom=halve" in error.help
+    assert error.help == (
+        "-s train.micro_batch_size=4 needs about 0.0 GiB, the same result; "
+        "-s train.on_oom=halve makes micro-batches smaller by itself"
+    )
     assert isinstance(error.__cause__, torch.OutOfMemoryError)
     saved = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert saved == ["step-000001"]
     assert facts(tmp_path / "run")["status"] == "failed"
+    alone = {"batch_size": 1, "max_steps": 1}
+    with little_memory(monkeypatch, 0), pytest.raises(RunFailed) as caught:
+        carry_out(folder, tmp_path / "alone", **alone)
+    assert "halve" not in str(caught.value.help)  # a single row has no half
     carry_out(folder, tmp_path / "run", "resume", **settings | {"on_oom": "halve"})
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_what_auto_chose_is_not_what_the_message_proposes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    """`auto` would choose again what did not fit; no checkpoint is intact before there is one."""
+    monkeypatch.setattr(memory, "OVERHEAD", 0)
+    monkeypatch.setattr(memory, "LIBRARIES", 0)
+    with (
+        little_memory(monkeypatch, 0, from_call=1 + steps),
+        pytest.raises(RunFailed, match=f"step {1 + steps}, ") as caught,
+    ):
+        carry_out(folder, tmp_path / "run", save_every=1)
+    assert re.match(r"(-s train\.\S+=\S+ )+needs about", str(caught.value.help))
+    assert ("intact" in caught.value.message) is bool(steps)
+
+
+def test_memory_that_runs_out_while_loading(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(base, "load", load)
+    with pytest.raises(RunFailed, match="memory ran out") as caught:
+        carry_out(folder, tmp_path / "run")
+    assert (caught.value.id, caught.value.exit_code) == ("run.out-of-memory", 3)
+    assert "intact" not in caught.value.message
+    assert "halve" not in str(caught.value.help)  # a step's micro-batches are not yet there
 
 
 def test_halving_ends_at_a_single_row(
@@ -109,6 +150,31 @@ def test_a_gpu_is_tried_before_the_first_step(
     noted = facts(tmp_path / "tried")
     assert noted["micro_batch_tokens"] <= 60
     assert {entry["step"] for entry in noted["halved"]} == {1}
+    assert [r.loss for r in found] == pytest.approx([r.loss for r in records], rel=1e-5)
+    assert largest_difference(expected, tensors) < 1e-3
+
+
+@pytest.mark.parametrize("times", [1, 6])
+def test_a_gpu_that_takes_more_than_expected_is_given_less(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """Estimate and peak are noted; the loss and the adapter stay what they are."""
+    for name in ("OVERHEAD", "LIBRARIES", "CONTEXT"):
+        monkeypatch.setattr(memory, name, 0)
+    monkeypatch.setattr(Runtime, "lags", True)
+    monkeypatch.setattr("lorakit.training.plan.Plan.compiled", False)
+    _, records, expected = carry_out(folder, tmp_path / "whole")
+    probe = facts(tmp_path / "whole")["probe"]
+    room = 2 * probe["estimated_bytes"]
+    monkeypatch.setattr(Runtime, "free_bytes", lambda _: room)
+    peak = times * probe["estimated_bytes"]
+    monkeypatch.setattr(Runtime, "peak_bytes", lambda _: peak)
+    _, found, tensors = carry_out(folder, tmp_path / "tried")
+    noted = facts(tmp_path / "tried")
+    assert noted["probe"] == probe | {"measured_bytes": peak}
+    assert ("recomputed_layers" in noted) is (times > 1)
+    if times > 1:
+        assert noted["micro_batch_tokens"] < probe["tokens"]
     assert [r.loss for r in found] == pytest.approx([r.loss for r in records], rel=1e-5)
     assert largest_difference(expected, tensors) < 1e-3
 

@@ -44,6 +44,26 @@ def test_a_rate_says_where_it_comes_from() -> None:
     assert "on paper" in paper.source
 
 
+@pytest.mark.model
+@pytest.mark.slow  # two steps of 135 M parameters
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_the_memory_of_a_real_model_is_estimated_within_15_percent(
+    tmp_path: Path, smollm2: Path, quantization: str
+) -> None:
+    settings = ["model.dtype=fp32", f"model.quantization={quantization}", "train.batch_size=4"]
+    command = [sys.executable, "-m", "lorakit", "plan", "quickstart", "--measure", "--json"]
+    ended = subprocess.run(
+        command + [word for one in settings for word in ("-s", one)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    measured = json.loads(ended.stdout)["measured"]
+    assert measured["estimated_bytes"] == pytest.approx(measured["bytes"], rel=0.15)
+
+
 def test_two_real_steps_are_compared_and_leave_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
