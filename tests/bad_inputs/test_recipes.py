@@ -12,6 +12,8 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9)
 )
 
+SECRET = "hf_" + "Q" * 34
+
 # What the recipe says, where the problem is (None: in another file), its id, parts of the message.
 TEXTS: dict[str, tuple[str | bytes, str | None, str, tuple[str, ...]]] = {
     'R03 nothing': ("", '', 'recipe.empty', ('empty', 'model', 'data')),
@@ -122,7 +124,17 @@ TEXTS: dict[str, tuple[str | bytes, str | None, str, tuple[str, ...]]] = {
     "layers beyond the model": (MINIMAL + "adapter: {layers: 0-99}", ":4:19", "target.no-match", ("adapter.layers: 2-99", "2 layers (0-1)")),
     "a home that is not there": ("model: ~nosuchuser/x\ndata: {train: rows.jsonl}", None, "model.not-found", ("~nosuchuser/x",)),
     "a model's name without end": ("model: " + "a/" * 3000 + "\ndata: {train: rows.jsonl}", None, "model.not-found", ("does not exist",)),
-    "a name that moves the cursor": ('model: "a\\n\\e[31mb"\ndata: {train: rows.jsonl}', None, "model.not-found", ("a\\n\\x1b[31mb",)),
+    "a name that moves the cursor": ('model: "a\\n\\e[31mb"\ndata: {train: rows.jsonl}', ":1:8", "recipe.encoding", ("model.path", "U+000A")),
+    "a folder that moves the cursor": (MINIMAL + 'output_dir: "a\\e[31mb"', ":4:13", "recipe.encoding", ("output_dir", "U+001B")),
+    "a folder on two lines": (MINIMAL + 'output_dir: "a\\nb"', ":4:13", "recipe.encoding", ("output_dir", "U+000A")),
+    "a merge written backwards": (MINIMAL + 'merge: {out: "a\u202eb"}', ":4:14", "recipe.encoding", ("merge.out", "U+202E")),
+    "rows of a name with a bell": ("model: model\ndata: {train: [{path: \"a\\x07\"}]}", ":2:23", "recipe.encoding", ("data.train[0].path", "U+0007")),
+    "a folder of a long name": (MINIMAL + "output_dir: runs/" + "x" * 300, ":4:13", "recipe.out-of-range", ("output_dir", "300 bytes", "255")),
+    "a token in a text": (MINIMAL.rstrip() + f"\n  system: token {SECRET}\n", ":4:11", "recipe.secret", ("data.system", "HF_TOKEN")),
+    "a token for a key": (f"model: model\ndata: {{train: {{path: rows.jsonl, columns: {{{SECRET}: prompt}}}}}}", ":2:44", "recipe.secret", ("data.train.columns", "a key")),
+    "a token in a comment": (MINIMAL + f"# export HF_TOKEN={SECRET}\n", ":4:19", "recipe.secret", ("line",)),
+    "a token spelt with escapes": (MINIMAL + f'output_dir: "\\x68{SECRET[1:]}"', ":4:13", "recipe.secret", ("output_dir",)),
+    "a password in an address": (MINIMAL + "output_dir: s3://ada:pass@host/x", ":4:13", "recipe.secret", ("output_dir",)),
     "a weight without end": ("model: model\ndata: {train: {path: rows.jsonl, weight: 1e300}}", ":2:8", "recipe.out-of-range", ("data.train", "10,000,000")),
     "a split of nothing": ("model: model\ndata: {train: {path: rows.jsonl, split: 'train[5:1]'}}", None, "data.empty", ("train[5:1]", "none of 20 rows")),
     "a split without end": ("model: model\ndata: {train: {path: rows.jsonl, split: 'train[" + "9" * 5000 + ":]'}}", None, "recipe.bad-choice", ("split",)),
@@ -148,6 +160,20 @@ def _fifo(world: World) -> list[str]:
     return ["plan", "pipe.yaml"]
 
 
+def _variable(world: World) -> list[str]:
+    patch = world.held.enter_context(pytest.MonkeyPatch.context())
+    patch.setenv("GREETING", f"hello {SECRET}")
+    world.write("recipe.yaml", MINIMAL.rstrip() + "\n  system: ${GREETING}\n")
+    return ["train", "recipe.yaml", "--out", "runs/new"]
+
+
+def _value(world: World) -> list[str]:
+    patch = world.held.enter_context(pytest.MonkeyPatch.context())
+    patch.setenv("MY_API_KEY", "correct-horse")
+    world.write("recipe.yaml", MINIMAL.rstrip() + "\n  system: say correct-horse\n")
+    return ["train", "recipe.yaml", "--out", "runs/new"]
+
+
 TOO_LARGE = MINIMAL + "#" * (2**20 - len(MINIMAL) + 1)
 Q = "adapter: {target_modules: [q_proj], "
 CASES = [
@@ -159,6 +185,11 @@ CASES = [
     Case("R13", _recipe(MINIMAL + Q + "rank: 33}"), ("rank 33", "layers.0.self_attn.q_proj", "32"), "recipe.yaml:4:27"),
     Case("R13 pattern", _recipe(MINIMAL + Q + "rank_pattern: {q_proj: 99}}"), ("rank 99", "q_proj", "32"), "recipe.yaml:4:27"),
     Case("R16", _recipe(MINIMAL + "adapter: {target_modules: [q_proj, q_prj]}"), ("`q_prj`", "q_proj", "15 linear layers"), "recipe.yaml:4:27"),
+    Case("a variable that holds a token", _variable, ("data.system",), "recipe.yaml:4:11", "recipe.secret"),
+    Case("the value of a secret variable", _value, ("data.system",), "recipe.yaml:4:11", "recipe.secret"),
+    Case("what is hidden before a quote", lambda _: ["plan", "recipe.yaml", "-s", "data.system=the bearer of-crowns: x"], ("got {",), "", "recipe.wrong-type"),
+    Case("a token in --set", lambda _: ["train", "recipe.yaml", "-s", f"data.system=hi {SECRET}"], (), "--set data.system", "recipe.secret"),
+    Case("--out that moves the cursor", lambda _: ["train", "recipe.yaml", "--out", "a\x1b[31mb"], ("U+001B",), "--set output_dir", "recipe.encoding"),
     Case("R22", _recipe(TOO_LARGE), ("1,048,577 bytes",), "recipe.yaml"),
     *(
         Case(name, _recipe(text), says, "" if place is None else f"recipe.yaml{place}", error)

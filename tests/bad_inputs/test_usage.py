@@ -69,6 +69,10 @@ CASES = [
                       ["recipes", "copy", "quickstart", "fifo", "--force"])),
     Case("half of a surrogate pair in --out", given("train", "recipe.yaml", "--out", "m\udcff"),
          ("output_dir", "udcff"), "", "recipe.encoding"),
+    *(Case(f"{command[0]} into {name!r}", given(*command, to), (said,), "", "security.path")
+      for command in (["merge", ADAPTER, "--base", "model", "--out"], ["recipes", "copy", "quickstart"],
+                      ["eval", "recipe.yaml", "-s", "data.eval=0.2", "--samples"])
+      for name, to, said in (("escape", "a\x1b[31mb", "U+001B"), ("line", "a\nb", "U+000A"), ("long", "x" * 300, "255 bytes"))),
     Case("a thousand processes", given(*START, "--nproc", "1000"), ("--nproc 1000", "at most"), "", "usage"),
     Case("the cache of nobody", variables(["plan", "recipe.yaml"], LORAKIT_CACHE="~nobody-here/x"),
          ("~nobody-here/x", "LORAKIT_CACHE"), "", "usage"),
