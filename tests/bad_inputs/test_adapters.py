@@ -162,6 +162,7 @@ CASES = [
     Case("A10 Inf", tensors(lambda t: t[A].view(-1)[3:4].fill_(-float("inf"))), (A, " 1 "), TENSORS),
     Case("A11 I8", tensors(lambda t: t.update({A: t[A].to(torch.int8)})), (A, "is I8"), TENSORS),
     Case("A11 F64", tensors(lambda t: t.update({A: t[A].double()})), (A, "is F64"), TENSORS),
+    Case("A11 F8", tensors(lambda t: t.update({A: t[A].to(torch.float8_e4m3fn)})), (A, "is F8_E4M3"), TENSORS),
     *(Case(f"A12 {size}{' passport' * whole}", cut(size, passport=whole),
            ("expected", "found"), TENSORS)
       for size in (0, 4, 8, 20, -1, 1) for whole in (False, True)),
