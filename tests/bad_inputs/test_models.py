@@ -88,6 +88,18 @@ def cut(world: World) -> None:
     world.path(WEIGHTS).write_bytes(data[:-10])
 
 
+def eight_bits(name: str) -> Spoil:
+    """Write the norm in a dtype of the format's that is none of lorakit's."""
+
+    def spoil(world: World) -> None:
+        found = load_file(world.path(name))
+        found[NORM] = found[NORM].to(torch.float8_e4m3fn)
+        world.path(name).unlink()
+        save_file(found, world.path(name), {"format": "pt"})
+
+    return spoil
+
+
 def more_tokens(world: World) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens([f"<{n}>" for n in range(VOCABULARY + 1 - len(tokenizer))])
@@ -130,6 +142,16 @@ def only_index(text: str) -> Spoil:
 
 def template(text: str) -> Callable[[World], Sequence[str]]:
     return plan(lambda world: world.write("model/chat_template.jinja", text))
+
+
+def setting_template(value: Any) -> Spoil:
+    """Let the tokenizer's settings hold the template, instead of a file of its own."""
+
+    def spoil(world: World) -> None:
+        world.path("model/chat_template.jinja").unlink()
+        world.change("model/tokenizer_config.json", chat_template=value)
+
+    return spoil
 
 
 CASES = [
@@ -212,6 +234,15 @@ CASES = [
     Case("a tokenizer's file outside",
          plan(lambda w: w.change("model/tokenizer_config.json", fast_tokenizer_files=["../tokenizer.1.0.json"])),
          ("../tokenizer.1.0.json", "outside"), "model", "security.path"),
+    *(Case(f"a template that is {found!r}",
+           plan(setting_template(found)),
+           ("no text", "found 5"), "model", "template.syntax")
+      for found in (5, {"default": 5})),
+    Case("templates for tools alone",
+         plan(setting_template([{"name": "tool_use", "template": "{{ messages }}"}])),
+         ("tool_use", "data.chat_template"), "rows.jsonl:1", "template.missing"),
+    Case("weights in 8 bits", plan(eight_bits(WEIGHTS)), (NORM, "F8_E4M3", "F32, F16 or BF16"), WEIGHTS,
+         "model.shape-mismatch"),
     Case("M11", template("{{ cycler.__init__.__globals__.os.system('id') }}"), (), "rows.jsonl:1"),
 ]  # fmt: skip
 
