@@ -192,6 +192,12 @@ CASES = [
       for name in ("config.json", "generation_config.json")),
     *(Case(f"{layers!r} layers", config(num_hidden_layers=layers), ("num_hidden_layers", "1024"),
            "", "model.bad-config") for layers in (0, -1, 1025, 4096, 10**9)),
+    *(Case(f"the end of text is {ids!r} in {name}",
+           plan(lambda w, name=name, ids=ids: w.change(f"model/{name}", eos_token_id=ids)),
+           ("eos_token_id", "vocabulary has 320"), f"model/{name}", "model.bad-config")
+      for name in ("config.json", "generation_config.json") for ids in (10**9, [2, 320], -1)),
+    *(Case(f"{size} positions", config(max_position_embeddings=size), ("max_position_embeddings", str(size), "at least 1"),
+           "model", "model.bad-config") for size in (0, -256)),
     Case("true layers", config(num_hidden_layers=True), ("num_hidden_layers",), "", "model.bad-config"),
     Case("1000 layers", config(num_hidden_layers=1000), ("missing",), "model/config.json", "model.missing-tensor"),
     *(Case(f"10^6 layers of {values['model_type']}", family(**values), ("1000000", "at most 1024"),
