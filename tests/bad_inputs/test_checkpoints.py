@@ -62,6 +62,22 @@ def noted(**changes: object) -> Callable[[World], Sequence[str]]:
     return resume(lambda world: world.change(f"{RUN}/run.json", **changes))
 
 
+def instead(name: str, mode: str) -> Callable[[World], Sequence[str]]:
+    """Put a directory in the place of a run's file, and a file in that of its directory."""
+
+    def build(world: World) -> Sequence[str]:
+        path = world.path(f"{RUN}/{name}")
+        if path.is_dir():
+            shutil.rmtree(path)
+            path.write_text("")
+        else:
+            path.unlink(missing_ok=True)
+            path.mkdir()
+        return ["train", "recipe.yaml", mode]
+
+    return build
+
+
 CASES = [
     *(Case(f"run.json without {key}: {value!r:.9}", noted(**{key: value}), (key, "no run wrote"), "run.json",
            "checkpoint.damaged")
@@ -75,6 +91,9 @@ CASES = [
                                         w.path(f"{RUN}/{name}").symlink_to("nowhere"))),
            ("symbolic link",), name, "security.path")
       for name in ("run.json", "plan.json", "metrics.jsonl")),
+    *(Case(f"a {kind} for {name}, {mode}", instead(name, mode), (f"is a {kind}",), f"{RUN}/{name}", "output.not-empty")
+      for name, kind in ((".lock", "directory"), ("log.txt", "directory"), ("checkpoints", "file"), ("adapter", "file"))
+      for mode in ("--resume-or-start", "--overwrite")),
     Case("C01 no run", lambda _: [*RESUME, "--out", "runs/new"], (), "runs/new"),
     Case("C01 no checkpoint", resume(lambda w: shutil.rmtree(w.path(STEPS))), (), RUN),
     Case("C01 an empty folder",
