@@ -172,6 +172,12 @@ CASES = [
     Case("A14 shapes", merge(without_passport(wider)), ("hidden size 32, the base has 64",), TENSORS),
     *(Case(f"alpha {alpha!r:.12}", configured(lora_alpha=alpha), ("lora_alpha", "of fp32"), CONFIG,
            "adapter.bad-setting") for alpha in (10**400, 1e300, "16", True, None)),
+    *(Case(f"{key} {value!r}", configured(**{key: value}), (f"{key}: ", said), CONFIG, "adapter.bad-setting")
+      for key, value, said in (("lora_alpha", 0, "expected a number greater than 0, found 0"),
+                               ("lora_dropout", 5, "expected a number in [0, 0.99], found 5"),
+                               ("alpha_pattern", {"q_proj": -1}, "q_proj: expected a number greater than 0"))),
+    *(Case(f"--out inside {name}", given(*OUT, f"{to}/m"), (f"lies in {name}",), f"{to}/m", "output.is-input")
+      for name, to in (("adapter", ADAPTER), ("model", "model"))),
     *(Case(f"{flag} {value!r}", configured(**{flag: value}), (flag, "true or false"), CONFIG,
            "adapter.bad-setting")
       for flag, value in {"use_rslora": 1, "fan_in_fan_out": "no"}.items()),

@@ -62,6 +62,9 @@ TEXTS: dict[str, tuple[str | bytes, str | None, str, tuple[str, ...]]] = {
     'long number': (MINIMAL + "seed: " + "1" * 5000, ':4:7', 'recipe.too-large', ('seed', '5000', '100')),
     'R21 latin-1': (b"model: caf\xe9\n", ':1', 'recipe.encoding', ('UTF-8', 'offset 10', '0xE9')),
     'R21 utf-16': ("model: x".encode("utf-16"), ':1', 'recipe.encoding', ('UTF-8', 'UTF-16', 'offset 0')),
+    'utf-16 without a mark': ((MINIMAL).encode("utf-16-le"), ':1', 'recipe.encoding', ('UTF-8', 'looks like UTF-16')),
+    'utf-16 the other way around': ((MINIMAL).encode("utf-16-be"), ':1', 'recipe.encoding', ('looks like UTF-16',)),
+    'dropout that leaves nothing': (MINIMAL + "adapter: {dropout: 0.9999999999999}", ':4:20', 'recipe.out-of-range', ('adapter.dropout', 'at most 0.99', 'too little is left')),
     'control character': (MINIMAL + "seed: \x07", ':4:7', 'recipe.encoding', ('U+0007',)),
     'surrogate': (MINIMAL + 'output_dir: "\\ud800"', ':4:13', 'recipe.encoding', ('output_dir',)),
     'NUL': (MINIMAL + 'output_dir: "a\\0"', ':4:13', 'recipe.encoding', ('output_dir',)),
@@ -190,6 +193,7 @@ CASES = [
     Case("what is hidden before a quote", lambda _: ["plan", "recipe.yaml", "-s", "data.system=the bearer of-crowns: x"], ("got {",), "", "recipe.wrong-type"),
     Case("a token in --set", lambda _: ["train", "recipe.yaml", "-s", f"data.system=hi {SECRET}"], (), "--set data.system", "recipe.secret"),
     Case("--out that moves the cursor", lambda _: ["train", "recipe.yaml", "--out", "a\x1b[31mb"], ("U+001B",), "--set output_dir", "recipe.encoding"),
+    Case("warm-up longer than the run", lambda _: ["plan", "recipe.yaml", "--strict", "-s", "train.warmup=100"], ("100 steps of warm-up in a run of 6",), "", "usage.strict"),
     Case("R22", _recipe(TOO_LARGE), ("1,048,577 bytes",), "recipe.yaml"),
     *(
         Case(name, _recipe(text), says, "" if place is None else f"recipe.yaml{place}", error)
