@@ -191,16 +191,18 @@ CASES = [
          (CONFIG, "FIFO"), ADAPTER, "security.path"),
     Case("another tool's pickle", merge(lambda w: w.path(f"{ADAPTER}/{TENSORS}").rename(w.path(f"{ADAPTER}/pytorch_model.bin"))),
          ("pytorch_model.bin",), ADAPTER, "security.pickle"),
-    *(Case(f"a name of {len(name):,} characters, {command}", given(*words), ("no such folder",), "", "adapter.not-found")
+    *(Case(f"a name of {len(name):,} characters, {command}", given(*words), ("no such folder",), name if len(name) == 300 else "x…", "adapter.not-found")
       for name in ("x" * 300, "x/" * 3000)
       for command, words in {"merge": ["merge", name, "--out", "m"], "generate": ["generate", name, "ask"]}.items()),
     Case("to eval a name of 300 characters", given("eval", "recipe.yaml", "--adapter", "x" * 300, "-s", "data.eval=0.2"),
-         ("no adapter",), "", "adapter.not-found"),
+         ("no adapter",), "x" * 300, "adapter.not-found"),
     *(Case(f"a base that is {value!r:.12}", named(base_model_name_or_path=value),
            ("base_model_name_or_path", "a text or null"), CONFIG, "adapter.bad-setting")
       for value in (5, ["x"], {"a": 1})),
-    *(Case(f"--base {name!r:.20}", given("merge", ADAPTER, "--out", "m", "--base", name), ("",), "", "model.not-found")
-      for name in ("", "  ", "./absent", "absent", "x" * 300, "m\udcff", "/dev/zero", "~nobody-of-that-name/x")),
+    *(Case(f"--base {name!r:.20}", given("merge", ADAPTER, "--out", "m", "--base", name), (), place, "model.not-found")
+      for name, place in (("", ADAPTER), ("  ", ADAPTER), ("m\udcff", ADAPTER), ("x" * 300, ""), ("./absent", "./absent"),
+                          ("absent", "absent"), ("/dev/zero", "/dev/zero"),
+                          ("~nobody-of-that-name/x", "~nobody-of-that-name/x"))),
     Case("--out below a file", given(*OUT, "rows.jsonl/x"), ("rows.jsonl is a file",), "rows.jsonl/x", "output.not-empty"),
     Case("--out is a file", given(*OUT, "rows.jsonl", "--overwrite"), ("is a file",), "rows.jsonl", "output.not-empty"),
     Case("--out is a link", given(*OUT, "link", spoil=link("link", "nowhere")), ("symbolic link",), "link", "security.path"),

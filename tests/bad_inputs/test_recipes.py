@@ -14,7 +14,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
 
 SECRET = "hf_" + "Q" * 34
 
-# What the recipe says, where the problem is (None: in another file), its id, parts of the message.
+# What the recipe says, where the problem is (from a colon on: in the recipe; None: nowhere), its id, parts of the message.
 TEXTS: dict[str, tuple[str | bytes, str | None, str, tuple[str, ...]]] = {
     'R03 nothing': ("", '', 'recipe.empty', ('empty', 'model', 'data')),
     'R03 comments': ("# a\n# b\n", '', 'recipe.empty', ('empty', 'model', 'data')),
@@ -125,8 +125,8 @@ TEXTS: dict[str, tuple[str | bytes, str | None, str, tuple[str, ...]]] = {
     "keys within keys": ("? " * 400_000, ":1:131", "recipe.too-large", ("nested", "64")),
     "layers without end": (MINIMAL + "adapter: {layers: 0-99999999999999999999}", ":4:19", "recipe.bad-choice", ("adapter.layers", "'8-31'")),
     "layers beyond the model": (MINIMAL + "adapter: {layers: 0-99}", ":4:19", "target.no-match", ("adapter.layers: 2-99", "2 layers (0-1)")),
-    "a home that is not there": ("model: ~nosuchuser/x\ndata: {train: rows.jsonl}", None, "model.not-found", ("~nosuchuser/x",)),
-    "a model's name without end": ("model: " + "a/" * 3000 + "\ndata: {train: rows.jsonl}", None, "model.not-found", ("does not exist",)),
+    "a home that is not there": ("model: ~nosuchuser/x\ndata: {train: rows.jsonl}", "~nosuchuser/x", "model.not-found", ("~nosuchuser/x",)),
+    "a model's name without end": ("model: " + "a/" * 3000 + "\ndata: {train: rows.jsonl}", "a/a…", "model.not-found", ("does not exist",)),
     "a name that moves the cursor": ('model: "a\\n\\e[31mb"\ndata: {train: rows.jsonl}', ":1:8", "recipe.encoding", ("model.path", "U+000A")),
     "a folder that moves the cursor": (MINIMAL + 'output_dir: "a\\e[31mb"', ":4:13", "recipe.encoding", ("output_dir", "U+001B")),
     "a folder on two lines": (MINIMAL + 'output_dir: "a\\nb"', ":4:13", "recipe.encoding", ("output_dir", "U+000A")),
@@ -139,15 +139,29 @@ TEXTS: dict[str, tuple[str | bytes, str | None, str, tuple[str, ...]]] = {
     "a token spelt with escapes": (MINIMAL + f'output_dir: "\\x68{SECRET[1:]}"', ":4:13", "recipe.secret", ("output_dir",)),
     "a password in an address": (MINIMAL + "output_dir: s3://ada:pass@host/x", ":4:13", "recipe.secret", ("output_dir",)),
     "a weight without end": ("model: model\ndata: {train: {path: rows.jsonl, weight: 1e300}}", ":2:8", "recipe.out-of-range", ("data.train", "10,000,000")),
-    "a split of nothing": ("model: model\ndata: {train: {path: rows.jsonl, split: 'train[5:1]'}}", None, "data.empty", ("train[5:1]", "none of 20 rows")),
+    "a split of nothing": ("model: model\ndata: {train: {path: rows.jsonl, split: 'train[5:1]'}}", "rows.jsonl", "data.empty", ("train[5:1]", "none of 20 rows")),
     "a split without end": ("model: model\ndata: {train: {path: rows.jsonl, split: 'train[" + "9" * 5000 + ":]'}}", None, "recipe.bad-choice", ("split",)),
     "a fraction in quotes": (MINIMAL + "  eval: '0.05'", ":4:9", "recipe.wrong-type", ("data.eval", "'0.05'", "without quotes")),
     "a gate of nothing": (MINIMAL + "  eval: 0.5\neval: {gates: {loss: {min: 2.0, max: 1.0}}}", ":5:16", "recipe.conflict", ("eval.gates.loss", "at least 2 and at most 1")),
     "a module to save misspelt": (MINIMAL + "adapter: {modules_to_save: [lm_hed]}", ":4:28", "target.no-match", ("`lm_hed`", "`lm_head`")),
     "a prefix as long as the context": (MINIMAL + "adapter: {method: prefix, tokens: 250}", None, "model.context-too-short", ("250 positions", "256")),
-    "rows of eval that are not there": (MINIMAL + "eval: {data: rwos.jsonl}", None, "data.not-found", ("rows.jsonl",)),
+    "rows of eval that are not there": (MINIMAL + "eval: {data: rwos.jsonl}", "rwos.jsonl", "data.not-found", ("rows.jsonl",)),
     "an expression of a pattern": (MINIMAL + "adapter: {target_modules: [q_proj], rank_pattern: {'re:(': 2}}", ":4:27", "target.bad-pattern", ("re:(",)),
 }  # fmt: skip
+
+
+PREPARES = {"a weight without end", "a module to save misspelt", "a prefix as long as the context"}
+
+
+def _place(written: str | None) -> str:
+    """Return a place as `TEXTS` writes it: in the recipe, another, or none."""
+    return (
+        written or ""
+        if written and written[0] != ":"
+        else ""
+        if written is None
+        else f"recipe.yaml{written}"
+    )
 
 
 def _recipe(text: str | bytes) -> Callable[[World], list[str]]:
@@ -190,13 +204,13 @@ CASES = [
     Case("R16", _recipe(MINIMAL + "adapter: {target_modules: [q_proj, q_prj]}"), ("`q_prj`", "q_proj", "15 linear layers"), "recipe.yaml:4:27"),
     Case("a variable that holds a token", _variable, ("data.system",), "recipe.yaml:4:11", "recipe.secret"),
     Case("the value of a secret variable", _value, ("data.system",), "recipe.yaml:4:11", "recipe.secret"),
-    Case("what is hidden before a quote", lambda _: ["plan", "recipe.yaml", "-s", "data.system=the bearer of-crowns: x"], ("got {",), "", "recipe.wrong-type"),
+    Case("what is hidden before a quote", lambda _: ["plan", "recipe.yaml", "-s", "data.system=the bearer of-crowns: x"], ("got {",), "--set data.system", "recipe.wrong-type"),
     Case("a token in --set", lambda _: ["train", "recipe.yaml", "-s", f"data.system=hi {SECRET}"], (), "--set data.system", "recipe.secret"),
     Case("--out that moves the cursor", lambda _: ["train", "recipe.yaml", "--out", "a\x1b[31mb"], ("U+001B",), "--set output_dir", "recipe.encoding"),
-    Case("warm-up longer than the run", lambda _: ["plan", "recipe.yaml", "--strict", "-s", "train.warmup=100"], ("100 steps of warm-up in a run of 6",), "", "usage.strict"),
+    Case("warm-up longer than the run", lambda _: ["plan", "recipe.yaml", "--strict", "-s", "train.warmup=100"], ("100 steps of warm-up in a run of 6",), "--set train.warmup", "usage.strict"),
     Case("R22", _recipe(TOO_LARGE), ("1,048,577 bytes",), "recipe.yaml"),
     *(
-        Case(name, _recipe(text), says, "" if place is None else f"recipe.yaml{place}", error)
+        Case(name, _recipe(text), says, _place(place), error, prepares=name in PREPARES)
         for name, (text, place, error, says) in TEXTS.items()
     ),
 ]  # fmt: skip
