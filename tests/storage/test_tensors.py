@@ -553,3 +553,14 @@ def test_modes_follow_the_umask_and_nothing_is_overwritten(tmp_path: Path) -> No
         with pytest.raises(RunFailed, match="EEXIST"):
             write_tensors(tmp_path / name, {})
     assert not (tmp_path / "y").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "id"), [("adapter", "adapter.wrong-dtype"), ("model", "model.shape-mismatch")]
+)
+def test_a_dtype_of_other_programs_is_no_damage(tmp_path: Path, family: str, id: str) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(build({"x": entry("F8_E4M3")}, b"ab"))
+    with pytest.raises(BadInput, match="x is F8_E4M3; expected F32, F16 or BF16") as caught:
+        TensorFile(path, family)
+    assert caught.value.id == id
