@@ -65,6 +65,17 @@ class PeftConfig:
         """Return a finite number."""
         return self._number(key, self.values.get(key, default))
 
+    def positive(self, key: str, default: float) -> float:
+        """Return a finite number greater than 0."""
+        return self._positive(key, self.values.get(key, default))
+
+    def share(self, key: str, most: float) -> float:
+        """Return a number from 0, its default, to `most`."""
+        value = self.number(key, 0.0)
+        if not 0 <= value <= most:
+            raise self.wrong(key, f"expected a number in [0, {most}], found {shown(value)}")
+        return value
+
     def flag(self, key: str) -> bool:
         """Return true or false, false when absent or null."""
         value = self.values.get(key)
@@ -95,9 +106,9 @@ class PeftConfig:
         return self._by_module(key, values, modules)
 
     def numbers_by_module(self, key: str, modules: Sequence[str]) -> dict[str, float]:
-        """Return for each module the finite number of the first pattern of a table that fits it."""
+        """Return for each module the positive number of the first pattern of a table that fits."""
         table = self._table(key).items()
-        values = {p: self._number(f"{key}: {printable(p)}", v) for p, v in table}
+        values = {p: self._positive(f"{key}: {printable(p)}", v) for p, v in table}
         return self._by_module(key, values, modules)
 
     def named(self, key: str, modules: Sequence[str]) -> set[str]:
@@ -172,6 +183,11 @@ class PeftConfig:
         if type(value) not in (int, float) or not -LARGEST <= value <= LARGEST:
             raise self.wrong(key, f"expected a finite number of fp32, found {shown(value)}")
         return float(value)
+
+    def _positive(self, key: str, value: Any) -> float:
+        if (number := self._number(key, value)) <= 0:
+            raise self.wrong(key, f"expected a number greater than 0, found {shown(value)}")
+        return number
 
     def _table(self, key: str) -> dict[str, Any]:
         value = self.values.get(key)

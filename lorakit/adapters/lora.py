@@ -13,7 +13,7 @@ Deviation: where input and output embedding share their weight, both ends share 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -24,7 +24,7 @@ from lorakit.adapters._peft import Found, PeftConfig, shown
 from lorakit.errors import BadInput
 from lorakit.model.patterns import matching
 from lorakit.model.sites import Kind, Site
-from lorakit.recipe.sections import Adapter
+from lorakit.recipe.sections import Adapter, fault
 
 FOREIGN = ("qlora", "low_rank")
 SERVABLE = {"PEFT": "", "vLLM": "", "llama.cpp": ""}
@@ -68,6 +68,9 @@ PEFT_FIXED: Mapping[str, tuple[Any, ...]] = {
 }
 
 
+MOST_DROPOUT = 0.99
+
+
 class LoraSettings(SiteSettings):
     """The rank and scale of each update, and where they go."""
 
@@ -85,6 +88,16 @@ class LoraSettings(SiteSettings):
     init: Init = Field(
         "default", description="values of A: default (uniform) or gaussian; B starts at zero"
     )
+
+    @field_validator("dropout")
+    @classmethod
+    def _leaves_something(cls, dropout: float) -> float:
+        """What is left is multiplied by 1 / (1 - dropout): close to 1, no gradient is finite."""
+        if dropout > MOST_DROPOUT:
+            sentence = f"must be at most {MOST_DROPOUT}, got {dropout}: too little is left to learn"
+            help = "0.05 leaves out one input in twenty"
+            raise fault("recipe.out-of-range", sentence, help=help)
+        return dropout
 
 
 class Lora(Method):
@@ -195,7 +208,7 @@ class Lora(Method):
         first = next(((name, found.shapes[name]) for name in sorted(found.shapes)), None)
         rank = config.integer("r", hint=f"; {first[0]} has the shape {first[1]}" if first else "")
         ranks = config.integers_by_module("rank_pattern", found.modules)
-        alpha = config.number("lora_alpha", PEFT_ALPHA)
+        alpha = config.positive("lora_alpha", PEFT_ALPHA)
         alphas = config.numbers_by_module("alpha_pattern", found.modules)
         _check_ranks(config, found, rank, ranks)
         return cls.Settings(
@@ -204,7 +217,7 @@ class Lora(Method):
             modules_to_save=found.copies,
             rank=rank,
             alpha=alpha,
-            dropout=config.number("lora_dropout", 0.0),
+            dropout=config.share("lora_dropout", MOST_DROPOUT),
             rank_pattern=ranks,
             alpha_pattern=alphas,
         )

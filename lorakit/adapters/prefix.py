@@ -44,7 +44,9 @@ num_virtual_tokens token_dim num_attention_heads num_layers encoder_hidden_size 
 class PrefixSettings(MethodSettings):
     """How long the prefix is and how it starts."""
 
-    tokens: int = Field(20, ge=1, description="trained positions before every layer's own")
+    tokens: int = Field(
+        20, ge=1, le=1_000_000, description="trained positions before every layer's own"
+    )
     init: Literal["text", "zero", "random"] = Field(
         "text", description="text: keys and values of the first training tokens; zero; random"
     )

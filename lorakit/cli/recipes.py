@@ -4,6 +4,7 @@ Only `validate` loads the adapter methods, for their settings; the others know t
 shipped schema.
 """
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -73,7 +74,7 @@ def recipes_show(
         text = dump(recipe, defaults=defaults, origins=resolved)
     else:
         text = files.decode(files.read_bytes(path), path)
-    screen.result(text.removesuffix("\n"), {"path": str(path), "text": text})
+    screen.result(text.removesuffix("\n"), {"path": str(path), "text": text}, exact=True)
 
 
 @app.command("copy")
@@ -92,13 +93,13 @@ def recipes_copy(
 
     path = files.packaged_recipes().get(name) or files.locate(name)
     target = destination or Path()
-    target = target / path.name if target.is_dir() else target
+    target = target / path.name if os.path.isdir(target) else target
     copies = {target: files.read_bytes(path)}
     for local in _local_files(copies[target], path):
         copies[target.parent / local] = (path.parent / local).read_bytes()
     changed = {to: data for to, data in copies.items() if not _holds(to, data)}
     for to in changed:
-        if to.exists() and not force:
+        if os.path.exists(to) and not force:
             message = "there is such a file already"
             raise BadInput("output.not-empty", message, where=str(to), help="--force replaces it")
     for to, data in changed.items():
@@ -148,7 +149,7 @@ def recipes_schema(
         publish_file(out, text.encode(), replace=True)
         screen.result(str(out), {"path": str(out)})
     else:
-        screen.result(text.removesuffix("\n"), {"json_schema": found})
+        screen.result(text.removesuffix("\n"), {"json_schema": found}, exact=True)
 
 
 def _read(name: str, settings_for: "Settings", foreign: "Foreign" = dict) -> "Recipe":
@@ -187,4 +188,4 @@ def _local_files(data: bytes, path: Path) -> list[str]:
 
 
 def _holds(path: Path, data: bytes) -> bool:
-    return path.is_file() and path.read_bytes() == data
+    return os.path.isfile(path) and path.read_bytes() == data

@@ -135,11 +135,23 @@ class Screen:
                     help=notice.help,
                 )
 
-    def result(self, shown: "RenderableType", data: dict[str, Any], *, exit: int = 0) -> None:
-        """Write the result on stdout: as text, or as one JSON document with `--json`."""
+    def result(
+        self,
+        shown: "RenderableType",
+        data: dict[str, Any],
+        *,
+        exit: int = 0,
+        exact: bool = False,
+    ) -> None:
+        """Write the result on stdout: as text, or as one JSON document with `--json`.
+
+        A text is `exact` where it is a file's content and not a message about one.
+        """
         if self.json:
             self._document(data, exit)
         elif isinstance(shown, str):
+            shown = shown if exact else "\n".join(map(_visible, shown.split("\n")))
+            shown = self._clean(shown)
             # Not through rich, which would turn `:smile:` and tabs into something else.
             write_result(f"{shown}\n")
         else:
@@ -218,7 +230,9 @@ class Screen:
             "warnings": warnings,
             **data,
         }
-        write_result(self._clean(json.dumps(document, indent=2, default=str)) + "\n")
+        # Text by text: what is hidden in the written document could take a quote along.
+        cleaned = _mapped(json.loads(json.dumps(document, default=str)), self._clean)
+        write_result(json.dumps(cleaned, indent=2) + "\n")
 
     def described(self, error: LorakitError) -> dict[str, Any]:
         """Return an error as it stands in the JSON document."""
@@ -325,6 +339,15 @@ def _libraries_silent(*, debug: bool) -> Iterator[None]:
         if not debug:
             warnings.simplefilter("ignore")
         yield
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """Return a JSON value with every text and key in it changed."""
+    if isinstance(value, dict):
+        return {change(key): _mapped(one, change) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_mapped(one, change) for one in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def usage(message: str, help: str | None = None) -> BadInput:

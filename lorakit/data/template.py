@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -145,6 +145,8 @@ class Renderer:
         self.special = Special(tokenizer)
         self._tokenizer, self._train_on, self._system = tokenizer, train_on, system
         source = _source(chat_template, tokenizer, folder)
+        own = tokenizer.chat_template if chat_template == "auto" else None
+        self._named = tuple(own) if isinstance(own, dict) and source is None else ()
         if source is not None and chat_template in TEMPLATES and self.special.bos:
             source = "{{ bos_token }}" + source
         variables = tokenizer.special_tokens_map
@@ -164,12 +166,18 @@ class Renderer:
         """
         if conversation.template == "unused":
             return self._plain(conversation.messages)
-        if self.template is None and conversation.template == "optional":
+        if self.template is None and conversation.template == "optional" and not self._named:
             return self._plain(conversation.messages)
         if self.template is None:
+            has = (
+                f"templates for {', '.join(map(printable, self._named))}, none for ordinary use"
+                if self._named
+                else "none"
+            )
             raise BadInput(
                 "template.missing",
-                "messages need a chat template; the tokenizer has none",
+                f"{'these rows' if self._named else 'messages'} need a chat template; "
+                f"the tokenizer has {has}",
                 help="set data.chat_template: chatml (or plain, alpaca, a .jinja file), "
                 "or use an instruct model",
             )
@@ -261,8 +269,14 @@ def _rendered(
 
 def _source(chosen: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> str | None:
     if chosen == "auto":
-        own = tokenizer.chat_template
-        return own.get("default") if isinstance(own, dict) else own
+        own: Any = tokenizer.chat_template
+        own = own.get("default") if isinstance(own, dict) else own
+        if own is not None and not isinstance(own, str):
+            message = f"chat_template is no text: found {printable(repr(own))}"
+            where = str(tokenizer.name_or_path)
+            help = "put it right in tokenizer_config.json, or set data.chat_template"
+            raise BadInput("template.syntax", message, where=where, help=help)
+        return own
     if chosen == "none":
         return None
     if chosen in TEMPLATES:

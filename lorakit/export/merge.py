@@ -223,6 +223,13 @@ def check_output(out: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
                 where=str(out),
                 help="choose another folder with --out",
             )
+        if path.is_dir() and Path(place).is_relative_to(path.resolve()):
+            raise BadInput(
+                "output.is-input",
+                f"lies in {path.name}, which the merge reads",
+                where=str(out),
+                help="choose another folder with --out",
+            )
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not out.is_dir():

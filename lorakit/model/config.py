@@ -100,7 +100,11 @@ def read_config(folder: Path, *, code_allowed: bool, links_into: Path | None) ->
             where=str(path),
             help="pip install -U transformers",
         )
-    return attempt(str(path), lambda: CONFIG_MAPPING[model_type].from_dict(values))
+    config = attempt(str(path), lambda: CONFIG_MAPPING[model_type].from_dict(values))
+    inner = values.get("text_config")
+    for part in (values, inner if isinstance(inner, dict) else {}):
+        _check_stops(part.get("eos_token_id"), config, str(path))
+    return config
 
 
 def read_generation(
@@ -109,13 +113,16 @@ def read_generation(
     """Return the folder's generation settings, those of the configuration where it has none.
 
     Raises:
-        BadInput: when generation_config.json is not strictly JSON, or names code.
+        BadInput: when generation_config.json is not strictly JSON, names code, or stops at what is
+            no token.
     """
     path = inside(folder, "generation_config.json", links_into=links_into)
     if not path.is_file():
         return GenerationConfig.from_model_config(config)
     values = cleaned(strict_json.read_object(path, "model"), str(path))
-    return attempt(str(path), lambda: GenerationConfig.from_dict(values))
+    generation = attempt(str(path), lambda: GenerationConfig.from_dict(values))
+    _check_stops(generation.eos_token_id, config, str(path))
+    return generation
 
 
 def check_config(config: PretrainedConfig, where: str) -> None:
@@ -131,7 +138,8 @@ def check_config(config: PretrainedConfig, where: str) -> None:
             where=where,
             help="lorakit adapts causal language models: Llama, Qwen, Mistral, GPT-2 and their kin",
         )
-    layers = getattr(attempt(where, config.get_text_config), "num_hidden_layers", 1)
+    text = attempt(where, config.get_text_config)
+    layers = getattr(text, "num_hidden_layers", 1)
     if type(layers) is not int or not 0 < layers <= MOST_LAYERS:
         raise BadInput(
             "model.bad-config",
@@ -139,6 +147,29 @@ def check_config(config: PretrainedConfig, where: str) -> None:
             where=where,
             help="fetch the model again",
         )
+    # A family without a limit has a property that says -1.
+    is_own = not isinstance(getattr(type(text), "max_position_embeddings", None), property)
+    positions = getattr(text, "max_position_embeddings", None)
+    if is_own and type(positions) is int and positions < 1:
+        raise BadInput(
+            "model.bad-config",
+            f"max_position_embeddings is {positions}; expected at least 1",
+            where=where,
+            help="fetch the model again",
+        )
+
+
+def _check_stops(stops: Any, config: PretrainedConfig, where: str) -> None:
+    """Check that what ends a text are tokens that the model has; a default is not judged."""
+    rows = getattr(attempt(where, config.get_text_config), "vocab_size", None)
+    for id in stops if isinstance(stops, list) else [stops]:
+        if type(id) is int and type(rows) is int and not 0 <= id < rows:
+            raise BadInput(
+                "model.bad-config",
+                f"eos_token_id is {id}, which is no token: the vocabulary has {rows:,}",
+                where=where,
+                help="fetch the file again, or set eos_token_id to the tokenizer's end of text",
+            )
 
 
 def attempt(where: str, make: Callable[[], T]) -> T:

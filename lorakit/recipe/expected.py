@@ -21,6 +21,8 @@ _WORDS = {"string": "text", "object": "a mapping", "null": "null"}
 _BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minItems", "maxItems"}
 _BOUNDS |= {"minLength", "maxLength", "pattern"}
 _ARTICLES = {"integer": "an integer", "number": "a number"}
+# A maximum from here on only keeps the absurd out: it is named to those alone who pass it.
+_GUARD = 1_000_000
 _OLD_BOOLEANS = {"yes": True, "on": True, "y": True, "no": False, "off": False, "n": False}
 
 
@@ -65,7 +67,7 @@ def judge(value: Any, found: Sequence[Schema]) -> tuple[str, str, str | None]:
     if value == "" and bounded:
         return "out-of-range", "must not be empty", help
     if bounded and not isinstance(value, str):
-        wanted = _range(bounded[0]) if _is_number(value) else describe(found)
+        wanted = _range(_met(bounded[0], value)) if _is_number(value) else describe(found)
         return "out-of-range", f"must be {wanted}, got {shown(value)}", help
     id = "bad-choice" if same else "wrong-type"
     return id, f"expected {describe(found)}, got {shown(value)}", help
@@ -155,6 +157,7 @@ def _accepts_one(value: Any, schema: Schema) -> bool:
 
 
 def _describe_one(schema: Schema) -> str:
+    schema = _met(schema)
     kind = schema.get("type", "")
     if kind == "array":
         several = "a list of at least one" if schema.get("minItems") else "a list"
@@ -172,6 +175,15 @@ def _describe_one(schema: Schema) -> str:
     if "pattern" in schema:
         return f"text that matches {schema['pattern']}"
     return _WORDS.get(kind, "another value")
+
+
+def _met(schema: Schema, value: float = 0) -> Schema:
+    """Return a schema with the one bound that a number meets, where its maximum is a guard."""
+    guard = schema.get("maximum", 0)
+    if guard < _GUARD:
+        return schema
+    others = {"minimum", "exclusiveMinimum"} if value > guard else {"maximum"}
+    return {key: bound for key, bound in schema.items() if key not in others}
 
 
 def _range(schema: Schema) -> str:

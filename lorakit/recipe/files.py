@@ -70,13 +70,19 @@ def decode(data: bytes, path: Path) -> str:
     Raises:
         RecipeError: `recipe.encoding`, with the byte offset.
     """
+    has_mark = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+    if data.count(0) > len(data) // 4 and not has_mark:
+        message = "not UTF-8: every other byte is 0"
+        help = "it looks like UTF-16; save it as UTF-8"
+        raise RecipeError(
+            [BadInput("recipe.encoding", message, where=Place(str(path), 1), help=help)]
+        )
     try:
         return data.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         where = Place(str(path), data.count(b"\n", 0, error.start) + 1)
         message = f"not UTF-8: byte 0x{data[error.start]:02X} at byte offset {error.start}"
-        is_utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
-        help = "it looks like UTF-16; save it as UTF-8" if is_utf16 else "save it as UTF-8"
+        help = "it looks like UTF-16; save it as UTF-8" if has_mark else "save it as UTF-8"
         raise RecipeError([BadInput("recipe.encoding", message, where=where, help=help)]) from None
 
 

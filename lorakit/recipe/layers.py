@@ -32,6 +32,7 @@ class Layers:
     environ: Mapping[str, str]
     problems: list[BadInput] = field(default_factory=list)
     files: int = 0
+    texts: dict[str, str] = field(default_factory=dict)
 
     def load(self, path: Path, data: bytes, above: tuple[Path, ...] = ()) -> Node:
         """Read a recipe and all it extends; `above` are the files that extend it.
@@ -43,7 +44,8 @@ class Layers:
         if self.files > MAX_FILES:
             message = f"a recipe is made of at most {MAX_FILES} files"
             raise BadInput("recipe.too-large", message, where=str(path))
-        root, problems = parse(files.decode(data, path), str(path))
+        self.texts[str(path)] = text = files.decode(data, path)
+        root, problems = parse(text, str(path))
         self.problems += problems
         place, entries = _mapping(root, path)
         extends = entries.pop("extends", None)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from lorakit.errors import BadInput, RecipeError
-from lorakit.recipe import files, rules
+from lorakit.recipe import files, rules, texts
 from lorakit.recipe.dump import dump
 from lorakit.recipe.expected import shown
 from lorakit.recipe.layers import Layers
@@ -53,7 +53,7 @@ def read(
     tree = apply(layers.load(path, data), overrides, layers)
     origin = Origin(path, data, {keys: node.at for keys, node in tree.walk()})
     found, problems = _validated(tree, settings_for, foreign)
-    problems = layers.problems + problems
+    problems = layers.problems + texts.problems(tree, layers.texts, environ) + problems
     if found and not problems:
         problems = rules.problems(found, origin)
     if found and not problems:

@@ -7,6 +7,7 @@ from datetime import date
 
 from lorakit.errors import BadInput, Notice, one_of
 from lorakit.recipe.sections import Eval, Origin, Recipe, Train
+from lorakit.recipe.texts import steering, too_long
 from lorakit.recipe.yaml_nodes import Path, dotted, problem
 from lorakit.storage.redact import printable
 
@@ -81,6 +82,9 @@ def _filled(
 def _folder_problems(folder: str, out: str | None, origin: Origin) -> list[BadInput]:
     found = []
     for path, text in ((("output_dir",), folder), (("merge", "out"), out)):
+        place = origin.place(*path)
+        # The recipe's own name stands in it.
+        found += steering(path, text or "", place) or too_long(path, text or "", place)
         if text is not None and os.path.normpath(text).split(os.sep)[0] == "..":
             message = f"{dotted(path)}: '{printable(text)}' leads out of the working folder"
             help = "give an absolute path if that is meant"

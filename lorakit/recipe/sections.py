@@ -125,7 +125,7 @@ class Source(Section):
         default_factory=dict, description="field of the format: column of the file"
     )
     weight: float = Field(1.0, gt=0, description="repeats per epoch; 0.5 takes half of the rows")
-    max_samples: int | None = Field(None, ge=1, description="take only this many rows")
+    max_samples: int | None = Field(None, ge=1, le=10**15, description="take only this many rows")
 
 
 # What a user may write for sources; the recipe always holds a tuple of them.
@@ -177,7 +177,10 @@ class Train(Section):
     """The loop: how long, how fast, how often it looks and saves."""
 
     epochs: float = Field(
-        1.0, gt=0, description="passes over the data; the smaller of this and max_steps stops"
+        1.0,
+        gt=0,
+        le=1_000_000,
+        description="passes over the data; the smaller of this and max_steps stops",
     )
     max_steps: int | None = Field(None, ge=1, description="optimizer steps")
     batch_size: int = Field(

@@ -29,6 +29,10 @@ WIDTHS = {  # bytes of one element
     "U8": 1,
     "BOOL": 1,
 }
+# Others that the format knows: whole files, of which lorakit reads no tensor.
+_FOREIGN = frozenset(
+    "F4 F6_E2M3 F6_E3M2 F8_E4M3 F8_E4M3FNUZ F8_E5M2 F8_E5M2FNUZ F8_E8M0 U16 U32 U64 C64".split()
+)
 PREFIX = 8  # bytes before the header
 
 _MAX_DIMENSIONS = 64
@@ -37,6 +41,10 @@ _MAX_ELEMENTS = 2**60  # times 8 bytes: a file's offsets are 63 bits
 
 class Damage(Exception):
     """What is wrong with the bytes of a file, as yet without its name."""
+
+
+class ForeignDtype(Damage):
+    """A tensor of a file that is whole, in a dtype that lorakit does not read."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +148,8 @@ def _entry(name: str, value: Any, data: int) -> Entry:
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise Damage(f"{shown} has no dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if isinstance(dtype, str) and dtype in _FOREIGN:
+        raise ForeignDtype(f"{printable(name, 200)} is {dtype}; expected F32, F16 or BF16")
     if not isinstance(dtype, str) or dtype not in WIDTHS:
         raise Damage(f"{shown} has dtype {printable(str(dtype), 20)}, not {one_of(WIDTHS)}")
     if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:

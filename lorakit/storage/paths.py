@@ -15,6 +15,7 @@ from lorakit.errors import BadInput, LorakitError, Place, RunFailed, one_of
 from lorakit.storage.disk import storage_error
 from lorakit.storage.redact import printable
 
+NAME_BYTES = 255  # the longest name of a file on any common file system
 PICKLES = frozenset(".bin .ckpt .dill .joblib .pickle .pkl .pt .pth".split())
 
 _KINDS = {

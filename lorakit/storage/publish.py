@@ -18,7 +18,8 @@ from lorakit.storage.disk import (
     sync,
     write_all,
 )
-from lorakit.storage.paths import kind_of
+from lorakit.storage.paths import NAME_BYTES, kind_of
+from lorakit.storage.redact import printable, steers
 
 # `tmp`: being written. `old`: moved aside for a new one. `trash`: being removed.
 _ASIDE = re.compile(r"\.(?P<kind>tmp|old|trash)-(?P<name>.+)-(?P<pid>\d+)-[0-9a-f]{8}", re.DOTALL)
@@ -133,11 +134,18 @@ def set_aside(folder: Path, name: str) -> None:
 def check_place(target: Path) -> None:
     """Check that something can be written at `target`: no link or device is there, no file above.
 
-    Who may write to `/dev` would else put a file in the place of `/dev/null`.
+    Who may write to `/dev` would else put a file in the place of `/dev/null`; and a path that
+    steers a terminal would do so wherever it is shown.
 
     Raises:
         BadInput: `security.path` or `output.not-empty`.
     """
+    if character := steers(str(target)):
+        message = f"holds the character {character}, which is not allowed in a path"
+        raise BadInput("security.path", message, where=printable(str(target), 500))
+    if any(len(os.fsencode(part)) > NAME_BYTES for part in target.parts):
+        message = f"holds a name of more than {NAME_BYTES} bytes, which no file can have"
+        raise BadInput("security.path", message, where=str(target))
     for path in (target, target.parent):
         if os.path.islink(path):
             raise BadInput(

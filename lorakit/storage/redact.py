@@ -10,17 +10,34 @@ HIDDEN = "[redacted]"
 
 _SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 _SHORTEST = 6  # shorter values are words such as `1` or `us`, which would eat whole messages
-_SECRET_FORM = re.compile(
-    r"""
+_TOKEN = r"""
       \bhf_[A-Za-z0-9]{20,}
-    | \bsk-[A-Za-z0-9_-]{16,}
     | \b(?:gh[opsur]|github_pat)_[A-Za-z0-9_]{20,}
     | \bAKIA[A-Z0-9]{12,}
+    """
+_SECRET_FORM = re.compile(
+    _TOKEN
+    + r"""
+    | \bsk-[A-Za-z0-9_-]{16,}
     | (?<=\bbearer\ ) [^\s"',;]+
     | (?<=://) [^\s/@]+ (?=@)
     """,
     re.VERBOSE | re.IGNORECASE,
 )
+# What is a secret beyond doubt: a file may be called sk-learn-questions, and a king the bearer of a
+# crown. A digit among the last 16 or more characters tells a key from words.
+_CERTAIN_SECRET = re.compile(
+    _TOKEN
+    + r"""
+    | \bsk-(?:[A-Za-z0-9]+[_-]+)* (?=[A-Za-z]*[0-9]) [A-Za-z0-9]{16,}
+    | (?<=\bbearer\ ) (?=[^\s"',;0-9]*[0-9]) [^\s"',;]{16,}
+    | (?<=://) [^\s/@:]+ : [^\s/@]+ (?=@)
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+_LEAST_VALUE = 12  # of a secret variable's value, from which on it is no word of another text
+# Control characters, what ends a line, and the marks that reverse the direction of writing.
+_STEERING = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _ABSOLUTE = re.compile(r"[/\\~]|[A-Za-z]:[/\\]|file:")
 
 
@@ -40,6 +57,29 @@ def redact(text: str, environment: Mapping[str, str]) -> str:
     for form in sorted(written, key=len, reverse=True):
         text = text.replace(form, HIDDEN)
     return _SECRET_FORM.sub(HIDDEN, text)
+
+
+def secret_in(text: str, environment: Mapping[str, str]) -> int | None:
+    """Return where a text holds what is a secret beyond doubt, None where it holds none.
+
+    That is a token or a password in an address, or the value of a secret variable that is long
+    enough, and no path.
+    """
+    found = _CERTAIN_SECRET.search(text)
+    starts = [
+        text.find(value)
+        for name, value in environment.items()
+        if is_secret(name) and len(value) >= _LEAST_VALUE and not re.search(r"[\s/\\]", value)
+    ]
+    return min(
+        [found.start()] if found else [start for start in starts if start >= 0], default=None
+    )
+
+
+def steers(text: str) -> str | None:
+    """Return the first character that would steer a terminal, as code points, None without one."""
+    found = _STEERING.search(text)
+    return f"U+{ord(found[0]):04X}" if found else None
 
 
 def printable(text: str, limit: int = 80) -> str:

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from lorakit.storage.disk import copy_all, create, require_space, storage_errors, write_all
-from lorakit.storage.header import PREFIX, Damage, Layout, header_length, layout, read_header
+from lorakit.storage.header import (
+    PREFIX,
+    Damage,
+    ForeignDtype,
+    Layout,
+    header_length,
+    layout,
+    read_header,
+)
 from lorakit.storage.paths import file_error, open_regular
 
 DTYPES = {
@@ -144,6 +152,13 @@ class TensorFile:
         try:
             with storage_errors(self.path):
                 yield
+        except ForeignDtype as found:
+            # What weights are not, by their shape or their numbers, has one word in a model.
+            kind = "shape-mismatch" if self.family.startswith("model") else "wrong-dtype"
+            help = "save it again in one of these, or fetch it in one of them"
+            raise file_error(
+                self.family, kind, str(found), where=str(self.path), help=help
+            ) from None
         except Damage as damage:
             help = "fetch or write the file again"
             raise file_error(

@@ -28,6 +28,7 @@ OURS = {".lock", "log.txt"}
 RUN = "run.json"
 # What was chosen once and a resume keeps, with the least that it can be.
 CHOICES = {"micro_batch_limit": 1, "recomputed_layers": 0}
+FOLDERS = ("adapter", "checkpoints")
 # What a run writes before its first step: a start may take the place of one that came no further.
 BEGUN = OURS | {RUN, "recipe.yaml", "resolved.yaml", "plan.json"}
 
@@ -274,14 +275,28 @@ def check_free(path: Path, mode: Mode) -> None:
         BadInput: when it holds something that this mode must not touch.
         RunFailed: `run.locked` when a run is at work there.
     """
-    for name in (*BEGUN, "adapter", "checkpoints", "metrics.jsonl"):
+    for name in (*BEGUN, *FOLDERS, "metrics.jsonl"):
         check_place(path / name)
+        _check_kind(path / name, is_folder=name in FOLDERS)
     if not os.path.exists(path):
         if mode == "resume":
             raise _nothing_to_resume(path)
         return
     refuse_locked(path)
     _check_contents(path, mode)
+
+
+def _check_kind(path: Path, *, is_folder: bool) -> None:
+    """Check that what a run keeps in a folder is no file, and the other way around."""
+    if path.exists() and path.is_dir() != is_folder:
+        kinds = ("a directory", "a file")
+        found, kept = kinds if not is_folder else reversed(kinds)
+        raise BadInput(
+            "output.not-empty",
+            f"is {found}, where a run keeps {kept} of that name",
+            where=str(path),
+            help="move it away, or choose another folder with --out",
+        )
 
 
 def _check_contents(path: Path, mode: Mode) -> None:

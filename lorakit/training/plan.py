@@ -206,7 +206,7 @@ def make(
         shape,
         setup,
         free,
-        tuple(notices),
+        (*notices, *_warmup(recipe, steps.total)),
     )
 
 
@@ -284,6 +284,17 @@ def _packing(
         where = recipe.origin.place("data", "packing")
         raise BadInput("recipe.conflict", f"data.packing: {reason}", where=where)
     return False, [Notice("run.packing-off", f"rows are padded, not packed: {reason}")]
+
+
+def _warmup(recipe: Recipe, steps: int) -> list[Notice]:
+    """Return a notice where the run ends before the rate has come to its highest."""
+    warm = optim.warmup_steps(recipe.train, steps)
+    if warm <= steps:
+        return []
+    message = f"train.warmup: {warm:,} steps of warm-up in a run of {steps:,}"
+    where = recipe.origin.place("train", "warmup")
+    help = "the rate never comes to train.learning_rate; 0.03 warms up over 3% of the steps"
+    return [Notice("recipe.unusual-value", message, where, help)]
 
 
 def _not_here(recipe: Recipe, *, gpu: bool) -> list[Notice]:

@@ -14,7 +14,7 @@ import re
 import resource
 import stat
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -92,7 +92,8 @@ class Case:
     """One input: a row's id and what is special about it, or the name of a neighbour.
 
     `build` spoils the world and returns the command line. `says` are parts of the message, and
-    `place` is how the place that it names ends. `error` is the row's where it is not given.
+    `place` is how the place that it names ends, empty where it names none. `error` is the row's
+    where it is not given.
     """
 
     name: str
@@ -101,6 +102,7 @@ class Case:
     place: str = ""
     error: str = ""
     seconds: float = SECONDS
+    prepares: bool = False  # it comes as far as the rows, which are kept in the cache
 
     @property
     def row(self) -> Row | None:
@@ -134,12 +136,24 @@ def run(arguments: Sequence[str]) -> Ended:
     return Ended(int(ended.value.code or 0), json.loads(out.getvalue()), err.getvalue(), seconds)
 
 
+def shown_without_json(arguments: Sequence[str]) -> tuple[str, str]:
+    """Run a command line as a person does; return what stdout and stderr have come to show."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["lorakit", *arguments])
+        with pytest.raises(SystemExit):
+            main()
+    return out.getvalue(), err.getvalue()
+
+
 def check_refused(case: Case, world: World) -> None:
     """Run a case and check all that its row promises, and what every row does."""
     arguments = case.build(world)
-    before = tree(world.folder)
+    cache = "cache" if case.prepares else ""
+    before = tree(world.folder, cache)
     with world.held:
         ended = run(arguments)
+        stdout, stderr = shown_without_json(arguments)
     shown = json.dumps(ended.document, indent=1, ensure_ascii=False)
     id = case.error or (case.row.error if case.row else "")
     first = ended.problems[0] if "error" in ended.document else {}
@@ -150,14 +164,27 @@ def check_refused(case: Case, world: World) -> None:
         assert ended.exit == case.row.exit
     place = ":".join(str(first[key]) for key in ("file", "line", "column") if first[key])
     assert place.endswith(case.place), shown
+    assert bool(place) == bool(case.place), shown
     said = f"{place}: {first['message']}; {first['hint']}"
     parts = case.row.parts if case.row else ()
     for part in (*parts, *((one,) for one in case.says)):
         assert any(is_said(one, said) for one in part), (part, said)
     assert first["message"].isprintable(), said
     assert "Traceback" not in ended.stderr
-    assert tree(world.folder) == before
+    assert not stdout
+    *progress, block = stderr.rpartition(block_of(first, place, several="errors" in ended.document))
+    assert (block, "error[" in "".join(progress[:1])) == ("", False), stderr
+    assert tree(world.folder, cache) == before
     assert ended.seconds < case.seconds
+
+
+def block_of(problem: Mapping[str, Any], place: str, *, several: bool) -> str:
+    """Return how a problem is shown without `--json`: that of a recipe in one line."""
+    message, hint = problem["message"], problem["hint"]
+    if several:
+        return f"{place}: {message}{f'; {hint}' if hint else ''}\n"
+    lines = [f"error[{problem['id']}]: {message}", f"  where: {place}", f"  help:  {hint}"]
+    return "".join(f"{line}\n" for line, has in zip(lines, (True, place, hint), strict=True) if has)
 
 
 def is_said(part: str, said: str) -> bool:
@@ -166,13 +193,11 @@ def is_said(part: str, said: str) -> bool:
     return re.search(pattern, said) is not None
 
 
-def tree(folder: Path) -> dict[str, tuple[object, ...]]:
-    """Return what is below a folder: names, kinds, modes, and the bytes of files up to 1 MiB.
-
-    The cache of tokenised rows is left out: it is there to be written, whatever comes after.
-    """
+def tree(folder: Path, without: str = "") -> dict[str, tuple[object, ...]]:
+    """Return what is below a folder: names, kinds, modes, and the bytes of files up to 1 MiB."""
     found: dict[str, tuple[object, ...]] = {}
-    for path in sorted(set(folder.rglob("*")) - set(folder.glob("cache/**/*"))):
+    left_out = set(folder.glob(f"{without}/**/*")) if without else set()
+    for path in sorted(set(folder.rglob("*")) - left_out):
         seen = path.lstat()
         found[str(path)] = (seen.st_mode,)
         if stat.S_ISREG(seen.st_mode):

@@ -158,3 +158,24 @@ def test_strict_makes_the_warning_about_remote_code_an_error(world: World) -> No
     ended = run([*PLAN, "--strict"])
     assert ended.exit == 2
     assert ended.document["error"]["id"] == "usage.strict"
+
+
+def test_no_file_of_a_run_holds_a_secret(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = {"HF_TOKEN": "hf_" + "Q" * 34, "MY_API_KEY": "correct-horse-battery"}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    text = "a sk-learn-like-questions-set, and the bearer of-a-crown-of-thorns"
+    for arguments in (
+        ["train", "recipe.yaml", "--out", "runs/new", "-s", f"data.system={text}"],
+        ["merge", "runs/new/adapter", "--base", "model", "--out", "merged"],
+    ):
+        extra = (
+            ["-s", "data.chat_template=plain", "-s", "data.max_length=128"]
+            if arguments[0] == "train"
+            else []
+        )
+        assert run([*arguments, *extra]).exit == 0, arguments
+    files = [path for path in world.folder.rglob("*") if path.is_file()]
+    assert any(text.encode() in path.read_bytes() for path in files)
+    for value in secrets.values():
+        assert not [path for path in files if value.encode() in path.read_bytes()]

@@ -162,6 +162,7 @@ CASES = [
     Case("A10 Inf", tensors(lambda t: t[A].view(-1)[3:4].fill_(-float("inf"))), (A, " 1 "), TENSORS),
     Case("A11 I8", tensors(lambda t: t.update({A: t[A].to(torch.int8)})), (A, "is I8"), TENSORS),
     Case("A11 F64", tensors(lambda t: t.update({A: t[A].double()})), (A, "is F64"), TENSORS),
+    Case("A11 F8", tensors(lambda t: t.update({A: t[A].to(torch.float8_e4m3fn)})), (A, "is F8_E4M3"), TENSORS),
     *(Case(f"A12 {size}{' passport' * whole}", cut(size, passport=whole),
            ("expected", "found"), TENSORS)
       for size in (0, 4, 8, 20, -1, 1) for whole in (False, True)),
@@ -171,6 +172,12 @@ CASES = [
     Case("A14 shapes", merge(without_passport(wider)), ("hidden size 32, the base has 64",), TENSORS),
     *(Case(f"alpha {alpha!r:.12}", configured(lora_alpha=alpha), ("lora_alpha", "of fp32"), CONFIG,
            "adapter.bad-setting") for alpha in (10**400, 1e300, "16", True, None)),
+    *(Case(f"{key} {value!r}", configured(**{key: value}), (f"{key}: ", said), CONFIG, "adapter.bad-setting")
+      for key, value, said in (("lora_alpha", 0, "expected a number greater than 0, found 0"),
+                               ("lora_dropout", 5, "expected a number in [0, 0.99], found 5"),
+                               ("alpha_pattern", {"q_proj": -1}, "q_proj: expected a number greater than 0"))),
+    *(Case(f"--out inside {name}", given(*OUT, f"{to}/m"), (f"lies in {name}",), f"{to}/m", "output.is-input")
+      for name, to in (("adapter", ADAPTER), ("model", "model"))),
     *(Case(f"{flag} {value!r}", configured(**{flag: value}), (flag, "true or false"), CONFIG,
            "adapter.bad-setting")
       for flag, value in {"use_rslora": 1, "fan_in_fan_out": "no"}.items()),
@@ -184,16 +191,18 @@ CASES = [
          (CONFIG, "FIFO"), ADAPTER, "security.path"),
     Case("another tool's pickle", merge(lambda w: w.path(f"{ADAPTER}/{TENSORS}").rename(w.path(f"{ADAPTER}/pytorch_model.bin"))),
          ("pytorch_model.bin",), ADAPTER, "security.pickle"),
-    *(Case(f"a name of {len(name):,} characters, {command}", given(*words), ("no such folder",), "", "adapter.not-found")
+    *(Case(f"a name of {len(name):,} characters, {command}", given(*words), ("no such folder",), name if len(name) == 300 else "x…", "adapter.not-found")
       for name in ("x" * 300, "x/" * 3000)
       for command, words in {"merge": ["merge", name, "--out", "m"], "generate": ["generate", name, "ask"]}.items()),
     Case("to eval a name of 300 characters", given("eval", "recipe.yaml", "--adapter", "x" * 300, "-s", "data.eval=0.2"),
-         ("no adapter",), "", "adapter.not-found"),
+         ("no adapter",), "x" * 300, "adapter.not-found"),
     *(Case(f"a base that is {value!r:.12}", named(base_model_name_or_path=value),
            ("base_model_name_or_path", "a text or null"), CONFIG, "adapter.bad-setting")
       for value in (5, ["x"], {"a": 1})),
-    *(Case(f"--base {name!r:.20}", given("merge", ADAPTER, "--out", "m", "--base", name), ("",), "", "model.not-found")
-      for name in ("", "  ", "./absent", "absent", "x" * 300, "m\udcff", "/dev/zero", "~nobody-of-that-name/x")),
+    *(Case(f"--base {name!r:.20}", given("merge", ADAPTER, "--out", "m", "--base", name), (), place, "model.not-found")
+      for name, place in (("", ADAPTER), ("  ", ADAPTER), ("m\udcff", ADAPTER), ("x" * 300, ""), ("./absent", "./absent"),
+                          ("absent", "absent"), ("/dev/zero", "/dev/zero"),
+                          ("~nobody-of-that-name/x", "~nobody-of-that-name/x"))),
     Case("--out below a file", given(*OUT, "rows.jsonl/x"), ("rows.jsonl is a file",), "rows.jsonl/x", "output.not-empty"),
     Case("--out is a file", given(*OUT, "rows.jsonl", "--overwrite"), ("is a file",), "rows.jsonl", "output.not-empty"),
     Case("--out is a link", given(*OUT, "link", spoil=link("link", "nowhere")), ("symbolic link",), "link", "security.path"),

@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
+from lorakit.training import passports
 from tests.bad_inputs.cases import ROWS, RUN, Case, World, check_refused, is_said, run
+from tests.tiny import write_tiny_model
 
 STEPS = f"{RUN}/checkpoints"
 NEWEST, BEFORE = f"{STEPS}/step-000006", f"{STEPS}/step-000004"
@@ -58,8 +60,53 @@ def more_threads(world: World) -> Sequence[str]:
     return RESUME
 
 
+def more_processes(world: World) -> Sequence[str]:
+    patch = world.held.enter_context(pytest.MonkeyPatch.context())
+    now = passports.pinned
+    patch.setattr(passports, "pinned", lambda *given: now(*given) | {"processes": 2})
+    return RESUME
+
+
+def another_tokenizer(world: World) -> None:
+    values = json.loads(world.path("model/tokenizer_config.json").read_text())
+    world.change("model/tokenizer_config.json", model_max_length=values["model_max_length"] - 1)
+
+
+def another_base(world: World) -> None:
+    write_tiny_model(world.path("model"), seed=9)
+
+
+def another_template(world: World) -> None:
+    path = world.path("model/chat_template.jinja")
+    path.write_text(path.read_text() + "{# as it was #}")
+
+
+def another_eval(world: World) -> Sequence[str]:
+    world.write("eval.jsonl", world.path("rows.jsonl").read_bytes())
+    command = ["train", "recipe.yaml", "-s", "data.eval=eval.jsonl", "--out", "runs/new"]
+    assert run(command).exit == 0
+    world.write("eval.jsonl", world.path("rows.jsonl").read_bytes() + b"\n")
+    return [*command, "--resume"]
+
+
 def noted(**changes: object) -> Callable[[World], Sequence[str]]:
     return resume(lambda world: world.change(f"{RUN}/run.json", **changes))
+
+
+def instead(name: str, mode: str) -> Callable[[World], Sequence[str]]:
+    """Put a directory in the place of a run's file, and a file in that of its directory."""
+
+    def build(world: World) -> Sequence[str]:
+        path = world.path(f"{RUN}/{name}")
+        if path.is_dir():
+            shutil.rmtree(path)
+            path.write_text("")
+        else:
+            path.unlink(missing_ok=True)
+            path.mkdir()
+        return ["train", "recipe.yaml", mode]
+
+    return build
 
 
 CASES = [
@@ -69,12 +116,15 @@ CASES = [
                           "recomputed_layers": (..., -1), "resumes": ("x", None)}.items()
       for value in values),
     *(Case(f"{key} with --allow-inexact", resume(lambda _: None, "--allow-inexact", "-s", f"{key}={value}"),
-           (f"recipe.{key}", "a run of its own"), "", "checkpoint.changed")
+           (f"recipe.{key}", "a run of its own"), NEWEST, "checkpoint.changed")
       for key, value in (("adapter.rank", 8), ("adapter.method", "rslora"), ("train.optimizer", "sgd"))),
     *(Case(f"a link for {name}", resume(lambda w, name=name: (w.path(f"{RUN}/{name}").unlink(missing_ok=True),
                                         w.path(f"{RUN}/{name}").symlink_to("nowhere"))),
            ("symbolic link",), name, "security.path")
       for name in ("run.json", "plan.json", "metrics.jsonl")),
+    *(Case(f"a {kind} for {name}, {mode}", instead(name, mode), (f"is a {kind}",), f"{RUN}/{name}", "output.not-empty")
+      for name, kind in ((".lock", "directory"), ("log.txt", "directory"), ("checkpoints", "file"), ("adapter", "file"))
+      for mode in ("--resume-or-start", "--overwrite")),
     Case("C01 no run", lambda _: [*RESUME, "--out", "runs/new"], (), "runs/new"),
     Case("C01 no checkpoint", resume(lambda w: shutil.rmtree(w.path(STEPS))), (), RUN),
     Case("C01 an empty folder",
@@ -82,13 +132,21 @@ CASES = [
     Case("C03", resume(all_damaged), ("step 6: checksum optimizer.safetensors",
          "step 4: no manifest"), STEPS),
     Case("C04 rank", resume(lambda _: None, "-s", "adapter.rank=8"),
-         ("recipe.adapter.rank", "was 4 and is 8")),
+         ("recipe.adapter.rank", "was 4 and is 8"), NEWEST),
     Case("C04 rate", resume(lambda _: None, "-s", "train.learning_rate=1e-2"),
-         ("recipe.train.learning_rate", "was 0.001 and is 0.01")),
+         ("recipe.train.learning_rate", "was 0.001 and is 0.01"), NEWEST),
     Case("C04 data", resume(lambda w: w.write("rows.jsonl", w.path("rows.jsonl").read_text()[:-1])),
-         ("data",)),
-    Case("C05 version", another_version, ("torch", "2.99.0")),
-    Case("C05 threads", more_threads, ("threads", "64")),
+         ("data ",), NEWEST, prepares=True),
+    Case("C05 version", another_version, ("torch", "2.99.0"), NEWEST),
+    Case("C05 threads", more_threads, ("threads", "64"), NEWEST),
+    Case("C05 processes", more_processes, ("processes was 1 and is 2",), NEWEST),
+    *(Case(f"another {name}", resume(spoil, *more), (f"{name} was", "is "), NEWEST, "checkpoint.changed", prepares=True)
+      for name, spoil, more in (("tokenizer", another_tokenizer, ()),
+                                ("base", another_base, ()),
+                                ("template", another_template, ()),
+                                ("recipe.data.eval", lambda w: w.write("eval.jsonl", w.path("rows.jsonl").read_text()),
+                                 ("-s", "data.eval=eval.jsonl")))),
+    Case("another eval file", another_eval, ("data eval.jsonl was",), "step-000006", "checkpoint.changed", prepares=True),
     Case("C07 pickle", resume(lambda w: w.write(f"{NEWEST}/optimizer.pt", b"\x80")),
          ("optimizer.pt", "runs code"), NEWEST),
     Case("C07 in the adapter", resume(lambda w: w.write(f"{NEWEST}/adapter/adapter_model.bin", b"")),

@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from tests.bad_inputs.cases import Case, World, check_refused, run
+from tests.bad_inputs.cases import ADAPTER, Case, World, check_refused, run
 from tests.tiny import VOCABULARY, tiny_tokenizer, write_tiny_model
 
 INDEX = "model/model.safetensors.index.json"
@@ -88,6 +88,18 @@ def cut(world: World) -> None:
     world.path(WEIGHTS).write_bytes(data[:-10])
 
 
+def eight_bits(name: str) -> Spoil:
+    """Write the norm in a dtype of the format's that is none of lorakit's."""
+
+    def spoil(world: World) -> None:
+        found = load_file(world.path(name))
+        found[NORM] = found[NORM].to(torch.float8_e4m3fn)
+        world.path(name).unlink()
+        save_file(found, world.path(name), {"format": "pt"})
+
+    return spoil
+
+
 def more_tokens(world: World) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens([f"<{n}>" for n in range(VOCABULARY + 1 - len(tokenizer))])
@@ -132,6 +144,26 @@ def template(text: str) -> Callable[[World], Sequence[str]]:
     return plan(lambda world: world.write("model/chat_template.jinja", text))
 
 
+def flipped_merge(world: World) -> Sequence[str]:
+    """Change one bit of a merge's weights, whose digest its report has."""
+    assert run(["merge", ADAPTER, "--base", "model", "--out", "merged"]).exit == 0
+    path = world.path("merged/model.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-10] ^= 1
+    path.write_bytes(data)
+    return ["train", "recipe.yaml", "-s", "model=merged", "--out", "runs/new"]
+
+
+def setting_template(value: Any) -> Spoil:
+    """Let the tokenizer's settings hold the template, instead of a file of its own."""
+
+    def spoil(world: World) -> None:
+        world.path("model/chat_template.jinja").unlink()
+        world.change("model/tokenizer_config.json", chat_template=value)
+
+    return spoil
+
+
 CASES = [
     Case("M01 folder", recipe("model: ./absent"), ("folder ./absent",), "./absent"),
     Case("M01 below a folder", recipe("model: model/absent"), ("folder model/absent",),
@@ -157,9 +189,10 @@ CASES = [
          mapped("fifo.safetensors", lambda w: os.mkfifo(w.path("model/fifo.safetensors"))),
          ("fifo.safetensors", "FIFO"), "model", "security.path"),
     Case("M07", plan(cut), ("expected", "bytes, found"), WEIGHTS),
+    Case("M07 bit", flipped_merge, ("sha256", "checksum"), "merged/model.safetensors"),
     Case("M08", plan(tensors(lambda t: t.pop(NORM))), (NORM,), "model"),
     Case("M09", train(tensors(lambda t: t[NORM].view(-1)[2:5].fill_(float("nan")))),
-         (NORM, " 3 "), ""),
+         (NORM, " 3 "), "model"),
     Case("M10", plan(more_tokens), ("321 tokens", "320 rows"), "model"),
     Case("no tokenizer", plan(lambda w: w.path("model/tokenizer.json").unlink()),
          ("tokenizer.json",), "model", "tokenizer.missing"),
@@ -169,15 +202,21 @@ CASES = [
            ("x: NaN",), f"model/{name}:1:7", "model.bad-config")
       for name in ("config.json", "generation_config.json")),
     *(Case(f"{layers!r} layers", config(num_hidden_layers=layers), ("num_hidden_layers", "1024"),
-           "", "model.bad-config") for layers in (0, -1, 1025, 4096, 10**9)),
-    Case("true layers", config(num_hidden_layers=True), ("num_hidden_layers",), "", "model.bad-config"),
+           "model" if layers < 1 else "model/config.json", "model.bad-config") for layers in (0, -1, 1025, 4096, 10**9)),
+    *(Case(f"the end of text is {ids!r} in {name}",
+           plan(lambda w, name=name, ids=ids: w.change(f"model/{name}", eos_token_id=ids)),
+           ("eos_token_id", "vocabulary has 320"), f"model/{name}", "model.bad-config")
+      for name in ("config.json", "generation_config.json") for ids in (10**9, [2, 320], -1)),
+    *(Case(f"{size} positions", config(max_position_embeddings=size), ("max_position_embeddings", str(size), "at least 1"),
+           "model", "model.bad-config") for size in (0, -256)),
+    Case("true layers", config(num_hidden_layers=True), ("num_hidden_layers",), "model/config.json", "model.bad-config"),
     Case("1000 layers", config(num_hidden_layers=1000), ("missing",), "model/config.json", "model.missing-tensor"),
     *(Case(f"10^6 layers of {values['model_type']}", family(**values), ("1000000", "at most 1024"),
            "model/config.json", "model.bad-config")
       for values in ({"model_type": "bart", "is_decoder": True, "decoder_layers": 10**6},
                      {"model_type": "gpt2", "n_layer": 10**6},
                      {"model_type": "llama4", "text_config": {"num_hidden_layers": 10**6}})),
-    Case("two text models", family(model_type="musicgen"), ("text configs",), "model", "model.bad-config"),
+    Case("two text models", family(model_type="musicgen"), ("text configs",), "model/config.json", "model.bad-config"),
     Case("an unknown rotation", config(rope_parameters={"rope_type": "evil"}), ("KeyError: 'evil'",),
          "model/config.json", "model.bad-config"),
     *(Case(f"nothing but an index: {text}", plan(only_index(text)), (), INDEX, "model.bad-index")
@@ -212,6 +251,15 @@ CASES = [
     Case("a tokenizer's file outside",
          plan(lambda w: w.change("model/tokenizer_config.json", fast_tokenizer_files=["../tokenizer.1.0.json"])),
          ("../tokenizer.1.0.json", "outside"), "model", "security.path"),
+    *(Case(f"a template that is {found!r}",
+           plan(setting_template(found)),
+           ("no text", "found 5"), "model", "template.syntax")
+      for found in (5, {"default": 5})),
+    Case("templates for tools alone",
+         plan(setting_template([{"name": "tool_use", "template": "{{ messages }}"}])),
+         ("tool_use", "data.chat_template"), "rows.jsonl:1", "template.missing"),
+    Case("weights in 8 bits", plan(eight_bits(WEIGHTS)), (NORM, "F8_E4M3", "F32, F16 or BF16"), WEIGHTS,
+         "model.shape-mismatch"),
     Case("M11", template("{{ cycler.__init__.__globals__.os.system('id') }}"), (), "rows.jsonl:1"),
 ]  # fmt: skip
 

@@ -12,7 +12,9 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9)
 )
 
-# What the recipe says, where the problem is (None: in another file), its id, parts of the message.
+SECRET = "hf_" + "Q" * 34
+
+# What the recipe says, where the problem is (from a colon on: in the recipe; None: nowhere), its id, parts of the message.
 TEXTS: dict[str, tuple[str | bytes, str | None, str, tuple[str, ...]]] = {
     'R03 nothing': ("", '', 'recipe.empty', ('empty', 'model', 'data')),
     'R03 comments': ("# a\n# b\n", '', 'recipe.empty', ('empty', 'model', 'data')),
@@ -32,6 +34,9 @@ TEXTS: dict[str, tuple[str | bytes, str | None, str, tuple[str, ...]]] = {
     'overflow': (MINIMAL + "train: {learning_rate: 1e999}", ':4:24', 'recipe.out-of-range', ('finite',)),
     'R10 epochs': (MINIMAL + "train: {epochs: 0}", ':4:17', 'recipe.out-of-range', ('train.epochs', 'greater than 0')),
     'R10 steps': (MINIMAL + "train: {max_steps: 0}", ':4:20', 'recipe.out-of-range', ('train.max_steps', 'greater than 0')),
+    'epochs without end': (MINIMAL + "train: {epochs: 1e308}", ':4:17', 'recipe.out-of-range', ('train.epochs', 'must be at most 1000000, got 1e+308')),
+    'samples without end': ("model: model\ndata: {train: {path: rows.jsonl, max_samples: " + "9" * 29 + "}}", ':2:47', 'recipe.out-of-range', ('data.train.max_samples', 'at most 1000000000000000')),
+    'positions without end': (MINIMAL + "adapter: {method: prefix, tokens: " + "9" * 29 + "}", ':4:35', 'recipe.out-of-range', ('adapter.tokens', 'at most 1000000')),
     'R11': (MINIMAL + "train: {batch_size: true}", ':4:21', 'recipe.wrong-type', ('train.batch_size', 'integer', 'boolean true')),
     'R11 fraction': (MINIMAL + "train: {batch_size: 1.5}", ':4:21', 'recipe.wrong-type', ('integer', '1.5')),
     'R11 point zero': (MINIMAL + "train: {batch_size: 16.0}", ':4:21', 'recipe.wrong-type', ('integer', 'did you mean 16?')),
@@ -57,6 +62,9 @@ TEXTS: dict[str, tuple[str | bytes, str | None, str, tuple[str, ...]]] = {
     'long number': (MINIMAL + "seed: " + "1" * 5000, ':4:7', 'recipe.too-large', ('seed', '5000', '100')),
     'R21 latin-1': (b"model: caf\xe9\n", ':1', 'recipe.encoding', ('UTF-8', 'offset 10', '0xE9')),
     'R21 utf-16': ("model: x".encode("utf-16"), ':1', 'recipe.encoding', ('UTF-8', 'UTF-16', 'offset 0')),
+    'utf-16 without a mark': ((MINIMAL).encode("utf-16-le"), ':1', 'recipe.encoding', ('UTF-8', 'looks like UTF-16')),
+    'utf-16 the other way around': ((MINIMAL).encode("utf-16-be"), ':1', 'recipe.encoding', ('looks like UTF-16',)),
+    'dropout that leaves nothing': (MINIMAL + "adapter: {dropout: 0.9999999999999}", ':4:20', 'recipe.out-of-range', ('adapter.dropout', 'at most 0.99', 'too little is left')),
     'control character': (MINIMAL + "seed: \x07", ':4:7', 'recipe.encoding', ('U+0007',)),
     'surrogate': (MINIMAL + 'output_dir: "\\ud800"', ':4:13', 'recipe.encoding', ('output_dir',)),
     'NUL': (MINIMAL + 'output_dir: "a\\0"', ':4:13', 'recipe.encoding', ('output_dir',)),
@@ -117,19 +125,43 @@ TEXTS: dict[str, tuple[str | bytes, str | None, str, tuple[str, ...]]] = {
     "keys within keys": ("? " * 400_000, ":1:131", "recipe.too-large", ("nested", "64")),
     "layers without end": (MINIMAL + "adapter: {layers: 0-99999999999999999999}", ":4:19", "recipe.bad-choice", ("adapter.layers", "'8-31'")),
     "layers beyond the model": (MINIMAL + "adapter: {layers: 0-99}", ":4:19", "target.no-match", ("adapter.layers: 2-99", "2 layers (0-1)")),
-    "a home that is not there": ("model: ~nosuchuser/x\ndata: {train: rows.jsonl}", None, "model.not-found", ("~nosuchuser/x",)),
-    "a model's name without end": ("model: " + "a/" * 3000 + "\ndata: {train: rows.jsonl}", None, "model.not-found", ("does not exist",)),
-    "a name that moves the cursor": ('model: "a\\n\\e[31mb"\ndata: {train: rows.jsonl}', None, "model.not-found", ("a\\n\\x1b[31mb",)),
+    "a home that is not there": ("model: ~nosuchuser/x\ndata: {train: rows.jsonl}", "~nosuchuser/x", "model.not-found", ("~nosuchuser/x",)),
+    "a model's name without end": ("model: " + "a/" * 3000 + "\ndata: {train: rows.jsonl}", "a/a…", "model.not-found", ("does not exist",)),
+    "a name that moves the cursor": ('model: "a\\n\\e[31mb"\ndata: {train: rows.jsonl}', ":1:8", "recipe.encoding", ("model.path", "U+000A")),
+    "a folder that moves the cursor": (MINIMAL + 'output_dir: "a\\e[31mb"', ":4:13", "recipe.encoding", ("output_dir", "U+001B")),
+    "a folder on two lines": (MINIMAL + 'output_dir: "a\\nb"', ":4:13", "recipe.encoding", ("output_dir", "U+000A")),
+    "a merge written backwards": (MINIMAL + 'merge: {out: "a\u202eb"}', ":4:14", "recipe.encoding", ("merge.out", "U+202E")),
+    "rows of a name with a bell": ("model: model\ndata: {train: [{path: \"a\\x07\"}]}", ":2:23", "recipe.encoding", ("data.train[0].path", "U+0007")),
+    "a folder of a long name": (MINIMAL + "output_dir: runs/" + "x" * 300, ":4:13", "recipe.out-of-range", ("output_dir", "300 bytes", "255")),
+    "a token in a text": (MINIMAL.rstrip() + f"\n  system: token {SECRET}\n", ":4:11", "recipe.secret", ("data.system", "HF_TOKEN")),
+    "a token for a key": (f"model: model\ndata: {{train: {{path: rows.jsonl, columns: {{{SECRET}: prompt}}}}}}", ":2:44", "recipe.secret", ("data.train.columns", "a key")),
+    "a token in a comment": (MINIMAL + f"# export HF_TOKEN={SECRET}\n", ":4:19", "recipe.secret", ("line",)),
+    "a token spelt with escapes": (MINIMAL + f'output_dir: "\\x68{SECRET[1:]}"', ":4:13", "recipe.secret", ("output_dir",)),
+    "a password in an address": (MINIMAL + "output_dir: s3://ada:pass@host/x", ":4:13", "recipe.secret", ("output_dir",)),
     "a weight without end": ("model: model\ndata: {train: {path: rows.jsonl, weight: 1e300}}", ":2:8", "recipe.out-of-range", ("data.train", "10,000,000")),
-    "a split of nothing": ("model: model\ndata: {train: {path: rows.jsonl, split: 'train[5:1]'}}", None, "data.empty", ("train[5:1]", "none of 20 rows")),
+    "a split of nothing": ("model: model\ndata: {train: {path: rows.jsonl, split: 'train[5:1]'}}", "rows.jsonl", "data.empty", ("train[5:1]", "none of 20 rows")),
     "a split without end": ("model: model\ndata: {train: {path: rows.jsonl, split: 'train[" + "9" * 5000 + ":]'}}", None, "recipe.bad-choice", ("split",)),
     "a fraction in quotes": (MINIMAL + "  eval: '0.05'", ":4:9", "recipe.wrong-type", ("data.eval", "'0.05'", "without quotes")),
     "a gate of nothing": (MINIMAL + "  eval: 0.5\neval: {gates: {loss: {min: 2.0, max: 1.0}}}", ":5:16", "recipe.conflict", ("eval.gates.loss", "at least 2 and at most 1")),
     "a module to save misspelt": (MINIMAL + "adapter: {modules_to_save: [lm_hed]}", ":4:28", "target.no-match", ("`lm_hed`", "`lm_head`")),
     "a prefix as long as the context": (MINIMAL + "adapter: {method: prefix, tokens: 250}", None, "model.context-too-short", ("250 positions", "256")),
-    "rows of eval that are not there": (MINIMAL + "eval: {data: rwos.jsonl}", None, "data.not-found", ("rows.jsonl",)),
+    "rows of eval that are not there": (MINIMAL + "eval: {data: rwos.jsonl}", "rwos.jsonl", "data.not-found", ("rows.jsonl",)),
     "an expression of a pattern": (MINIMAL + "adapter: {target_modules: [q_proj], rank_pattern: {'re:(': 2}}", ":4:27", "target.bad-pattern", ("re:(",)),
 }  # fmt: skip
+
+
+PREPARES = {"a weight without end", "a module to save misspelt", "a prefix as long as the context"}
+
+
+def _place(written: str | None) -> str:
+    """Return a place as `TEXTS` writes it: in the recipe, another, or none."""
+    return (
+        written or ""
+        if written and written[0] != ":"
+        else ""
+        if written is None
+        else f"recipe.yaml{written}"
+    )
 
 
 def _recipe(text: str | bytes) -> Callable[[World], list[str]]:
@@ -145,6 +177,20 @@ def _fifo(world: World) -> list[str]:
     return ["plan", "pipe.yaml"]
 
 
+def _variable(world: World) -> list[str]:
+    patch = world.held.enter_context(pytest.MonkeyPatch.context())
+    patch.setenv("GREETING", f"hello {SECRET}")
+    world.write("recipe.yaml", MINIMAL.rstrip() + "\n  system: ${GREETING}\n")
+    return ["train", "recipe.yaml", "--out", "runs/new"]
+
+
+def _value(world: World) -> list[str]:
+    patch = world.held.enter_context(pytest.MonkeyPatch.context())
+    patch.setenv("MY_API_KEY", "correct-horse")
+    world.write("recipe.yaml", MINIMAL.rstrip() + "\n  system: say correct-horse\n")
+    return ["train", "recipe.yaml", "--out", "runs/new"]
+
+
 TOO_LARGE = MINIMAL + "#" * (2**20 - len(MINIMAL) + 1)
 Q = "adapter: {target_modules: [q_proj], "
 CASES = [
@@ -156,9 +202,15 @@ CASES = [
     Case("R13", _recipe(MINIMAL + Q + "rank: 33}"), ("rank 33", "layers.0.self_attn.q_proj", "32"), "recipe.yaml:4:27"),
     Case("R13 pattern", _recipe(MINIMAL + Q + "rank_pattern: {q_proj: 99}}"), ("rank 99", "q_proj", "32"), "recipe.yaml:4:27"),
     Case("R16", _recipe(MINIMAL + "adapter: {target_modules: [q_proj, q_prj]}"), ("`q_prj`", "q_proj", "15 linear layers"), "recipe.yaml:4:27"),
+    Case("a variable that holds a token", _variable, ("data.system",), "recipe.yaml:4:11", "recipe.secret"),
+    Case("the value of a secret variable", _value, ("data.system",), "recipe.yaml:4:11", "recipe.secret"),
+    Case("what is hidden before a quote", lambda _: ["plan", "recipe.yaml", "-s", "data.system=the bearer of-crowns: x"], ("got {",), "--set data.system", "recipe.wrong-type"),
+    Case("a token in --set", lambda _: ["train", "recipe.yaml", "-s", f"data.system=hi {SECRET}"], (), "--set data.system", "recipe.secret"),
+    Case("--out that moves the cursor", lambda _: ["train", "recipe.yaml", "--out", "a\x1b[31mb"], ("U+001B",), "--set output_dir", "recipe.encoding"),
+    Case("warm-up longer than the run", lambda _: ["plan", "recipe.yaml", "--strict", "-s", "train.warmup=100"], ("100 steps of warm-up in a run of 6",), "--set train.warmup", "usage.strict"),
     Case("R22", _recipe(TOO_LARGE), ("1,048,577 bytes",), "recipe.yaml"),
     *(
-        Case(name, _recipe(text), says, "" if place is None else f"recipe.yaml{place}", error)
+        Case(name, _recipe(text), says, _place(place), error, prepares=name in PREPARES)
         for name, (text, place, error, says) in TEXTS.items()
     ),
 ]  # fmt: skip

@@ -60,7 +60,7 @@ CASES = [
       for name, value in (("WORLD_SIZE", "two"), ("WORLD_SIZE", "0"), ("RANK", "-1"), ("LOCAL_RANK", "1e3"))),
     Case("RANK beyond", variables(START, RANK="5"), ("process 5 of 1", "--nproc"), "", "usage"),
     Case("WORLD_SIZE alone", variables(START, WORLD_SIZE="2"), ("MASTER_ADDR", "--nproc"), "", "usage"),
-    *(Case(f"{option} {to!r}", given("eval", "recipe.yaml", "-s", "data.eval=0.2", option, to), (said,), "", "output.not-empty")
+    *(Case(f"{option} {to!r}", given("eval", "recipe.yaml", "-s", "data.eval=0.2", option, to), (said,), to or ".", "output.not-empty")
       for option in ("--junit", "--samples")
       for to, said in (("model", "is a folder"), ("", "is a folder"), ("rows.jsonl/x", "rows.jsonl is a file"))),
     *(Case(f"a FIFO for {command[0]}", beside_fifo(*command), ("is a FIFO",), "fifo", "output.not-empty")
@@ -68,7 +68,11 @@ CASES = [
                       ["merge", ADAPTER, "--base", "model", "--out", "fifo", "--overwrite"],
                       ["recipes", "copy", "quickstart", "fifo", "--force"])),
     Case("half of a surrogate pair in --out", given("train", "recipe.yaml", "--out", "m\udcff"),
-         ("output_dir", "udcff"), "", "recipe.encoding"),
+         ("udcff",), "--set output_dir", "recipe.encoding"),
+    *(Case(f"{command[0]} into {name!r}", given(*command, to), (said,), to.encode("unicode_escape").decode(), "security.path")
+      for command in (["merge", ADAPTER, "--base", "model", "--out"], ["recipes", "copy", "quickstart"],
+                      ["eval", "recipe.yaml", "-s", "data.eval=0.2", "--samples"])
+      for name, to, said in (("escape", "a\x1b[31mb", "U+001B"), ("line", "a\nb", "U+000A"), ("long", "x" * 300, "255 bytes"))),
     Case("a thousand processes", given(*START, "--nproc", "1000"), ("--nproc 1000", "at most"), "", "usage"),
     Case("the cache of nobody", variables(["plan", "recipe.yaml"], LORAKIT_CACHE="~nobody-here/x"),
          ("~nobody-here/x", "LORAKIT_CACHE"), "", "usage"),
@@ -83,8 +87,10 @@ CASES = [
     *(Case(f"X02 {' '.join(more) or 'start'}", in_use(*more),
            (RUN, "pid ", " on ", ", started 20"), f"{RUN}/.lock")
       for more in ((), ("--resume",), ("--resume-or-start",), ("--overwrite",))),
-    Case("X05 plan", without_bitsandbytes("plan"), ("bitsandbytes", "model.quantization", "pip install")),
-    Case("X05 train", without_bitsandbytes("train"), ("bitsandbytes", "model.quantization", "pip install")),
+    Case("X05 plan", without_bitsandbytes("plan"), ("bitsandbytes", "model.quantization", "pip install"), "--set model.quantization"),
+    Case("X05 device", given(*START, "-s", "train.optimizer=paged_adamw_8bit", "-s", "train.strict_optimizer=true"),
+         ("paged_adamw_8bit", "no GPU"), "--set train.optimizer", "env.missing-device"),
+    Case("X05 train", without_bitsandbytes("train"), ("bitsandbytes", "model.quantization", "pip install"), "--set model.quantization"),
 ]  # fmt: skip
 
 

@@ -78,3 +78,29 @@ def test_a_fork_has_a_child_of_its_own() -> None:
         os._exit(0 if same else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert template.render(TURNS, generation=False) == "mine"
+
+
+def test_a_fault_of_the_child_is_no_limit() -> None:
+    with pytest.raises(RuntimeError, match="status 1"):
+        ConfinedTemplate(5, {})  # type: ignore[arg-type]
+    assert ConfinedTemplate("on", {}).render(TURNS, generation=False) == "on"
+
+
+def test_renderings_have_a_pace_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = ConfinedTemplate(
+        "{% for i in range(300) %}{% for j in range(300) %}{{ i * j }}{% endfor %}{% endfor %}", {}
+    )
+    quick = ConfinedTemplate("quick", {})
+    monkeypatch.setattr(confined, "ALLOWANCE", 0.02)
+    monkeypatch.setattr(confined, "PACE", 0.002)
+    turns = [{"role": "user", "content": "x" * 100_000}]
+    for _ in range(30):
+        quick.render(turns, generation=False)
+
+    def render_all() -> None:
+        for _ in range(30):
+            slow.render(turns, generation=False)
+
+    with pytest.raises(BadInput, match=r"renderings took .* at most 2 ms each") as caught:
+        render_all()
+    assert caught.value.id == "template.limit"

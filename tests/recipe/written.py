@@ -66,7 +66,7 @@ DATA = st.builds(
     ),
 )
 TRAIN = some(
-    epochs=POSITIVE,
+    epochs=st.floats(1e-300, 1e6),
     max_steps=st.none() | COUNT,
     batch_size=st.integers(10, 100),
     micro_batch_size=st.integers(1, 10) | st.just("auto"),

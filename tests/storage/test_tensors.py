@@ -249,7 +249,7 @@ def test_a_file_of_the_wrong_size_names_both_sizes(tmp_path: Path, family: str) 
         (build({"x": []}), "dtype, shape and data_offsets"),
         (build({"x": {"dtype": "U8", "shape": [2]}}, b"ab"), "dtype, shape and data_offsets"),
         (build({"x": entry(extra=1)}, b"ab"), "dtype, shape and data_offsets"),
-        (build({"x": entry("F8_E4M3")}, b"ab"), "F8_E4M3"),
+        (build({"x": entry("F8_E9M9")}, b"ab"), "F8_E9M9"),
         (build({"x": entry("u8")}, b"ab"), "BF16"),
         (build({"x": entry(3)}, b"ab"), "dtype"),
         (build({"x": entry(["U8"])}, b"ab"), "dtype"),
@@ -553,3 +553,14 @@ def test_modes_follow_the_umask_and_nothing_is_overwritten(tmp_path: Path) -> No
         with pytest.raises(RunFailed, match="EEXIST"):
             write_tensors(tmp_path / name, {})
     assert not (tmp_path / "y").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "id"), [("adapter", "adapter.wrong-dtype"), ("model", "model.shape-mismatch")]
+)
+def test_a_dtype_of_other_programs_is_no_damage(tmp_path: Path, family: str, id: str) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(build({"x": entry("F8_E4M3")}, b"ab"))
+    with pytest.raises(BadInput, match="x is F8_E4M3; expected F32, F16 or BF16") as caught:
+        TensorFile(path, family)
+    assert caught.value.id == id
