@@ -23,7 +23,9 @@ from tests.faults.syscalls import Call
 from tests.faults.trials import Missing, Trial
 
 ERRORS = ("ENOSPC", "EDQUOT", "EIO", "EFBIG")
-REFUSED = re.compile(r"open(at)?|mkdir(at)?|writev?|pwrite64|pwritev|f(data)?sync|rename\w*")
+REFUSED = re.compile(
+    r"open(at)?|mkdir(at)?|writev?|pwrite64|pwritev|copy_file_range|sendfile|f(data)?sync|rename\w*"
+)
 NOBODY = 65534
 
 
