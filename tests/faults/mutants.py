@@ -18,7 +18,9 @@ import pytest
 
 from tests.faults.forked import run
 from tests.faults.subject import Subject
-from tests.faults.trials import Trial, all_trials
+from tests.faults.trials import Missing, Trial, all_trials
+
+UNTRIED = 97  # exit code of a child in which a trial could not be tried
 
 # What is left out: a call that stands alone, or a condition that holds when something is wrong.
 CALLS = frozenset(
@@ -156,6 +158,8 @@ def noticed(subject: Subject, case: int, folder: Path) -> None:
     """Try the trials on a mutant until one fails; it is a failure when none does."""
     mutant = mutants()[case]
     ended = run(lambda: _try_on(mutant, folder))
+    if ended.code == UNTRIED:  # what it would have noticed is not known
+        raise Missing(ended.said.splitlines()[-1])
     assert ended.code == 0, f"nothing notices {mutant}: {ended}"
 
 
@@ -167,6 +171,9 @@ def _try_on(mutant: Mutant, folder: Path) -> int:
         for name in dict.fromkeys((*mutant.likely, *NOTICE)):
             print(f"{name} begins")  # noqa: T201
             _carry_out(trials[name], NOTICE[name], subject, folder)
+    except Missing as reason:
+        print(reason)  # noqa: T201
+        return UNTRIED
     except (Exception, pytest.fail.Exception) as error:
         print(f"noticed: {str(error)[:200]}")  # noqa: T201
         return 0
