@@ -108,7 +108,7 @@ def _injected(call: Call, action: Action, what: str) -> tuple[Ended, list[str]]:
 
 def _traced(action: Action, *options: str) -> tuple[Ended | None, str]:
     """Carry out an action under strace; None with what strace said where it cannot attach."""
-    child = Child(lambda: _in_one_thread(action), held=True)
+    child = Child(lambda: in_one_thread(action), held=True)
     strace = subprocess.Popen(
         ["strace", "-p", str(child.pid), *options], stderr=subprocess.PIPE, text=True
     )
@@ -119,7 +119,8 @@ def _traced(action: Action, *options: str) -> tuple[Ended | None, str]:
     return (ended if attached else None), complaint
 
 
-def _in_one_thread(action: Action) -> int | None:
+def in_one_thread(action: Action) -> int | None:
+    """Carry out an action, each piece of work that lorakit shares out when it is handed over."""
     threads.ThreadPoolExecutor = _AtOnce  # type: ignore[assignment,misc]
     return action()
 
