@@ -10,10 +10,13 @@ import pickle
 import random
 import re
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lorakit import environment
 from tests.faults.audit import watch_all
@@ -50,6 +53,14 @@ COMMANDS = {
     "checkpoint": ("train recipe.yaml --out run --resume",),
 }
 
+# What runs the code in what it loads.
+LOADERS = (
+    (torch, "load"),
+    (torch.serialization, "load"),
+    (pickle, "load"),
+    (pickle, "loads"),
+    (pickle, "Unpickler"),
+)
 # What libraries import only to tell of an error.
 TELLING = frozenset({"jinja2.debug", "pydantic._internal._dataclasses"})
 
@@ -240,8 +251,20 @@ def watched(subject: Subject, folder: Path, command: str, usual: frozenset[str] 
     """Run a command in a folder; `events` there is what it did and should not."""
     places = (folder, subject.folder, environment.cache_folder())
     os.chdir(folder)
+    for module, name in LOADERS:
+        setattr(module, name, refused(f"{module.__name__}.{name}"))
     watch_all(folder / "events", places, usual)
     return Subject(folder).lorakit(*command.split())
+
+
+def refused(name: str) -> Callable[..., Any]:
+    """Return what takes the place of a loader: a call is an event, and loads nothing."""
+
+    def loader(*_: Any, **__: Any) -> Any:
+        sys.audit("tests.loader", name)
+        raise AssertionError(f"{name} was called")
+
+    return loader
 
 
 @cache
