@@ -78,7 +78,13 @@ def spoilt_checkpoint(
 
 def rotten_adapter(subject: Subject, case: int, folder: Path) -> None:
     path = copied(subject.whole / "adapter", folder / "adapter")
-    what = damage(path, chance("d3", case), flips_only=case % 2 == 0)
+    if case % 10 == 1:
+        what = "another system prompt in the passport"
+        passport = json.loads((path / "lorakit.json").read_text())
+        passport["recipe"]["data"]["system"] = "other"
+        (path / "lorakit.json").write_text(json.dumps(passport))
+    else:
+        what = damage(path, chance("d3", case), flips_only=case % 2 == 0)
     unharmed(lambda: of_adapter(subject, path), facts_of_adapter(subject), what)
 
 
