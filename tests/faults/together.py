@@ -1,6 +1,7 @@
 """More than one process: two of one run, of which one dies or hangs, and two runs of one folder."""
 
 import os
+import shutil
 import signal
 import socket
 import time
@@ -165,26 +166,35 @@ def two_runs(subject: Subject, case: int, folder: Path) -> None:
 
 
 def run_and_merge(subject: Subject, case: int, folder: Path) -> None:
-    """Merge a run's adapter while the run goes on: it is merged whole, or nothing is."""
+    """Merge a run's adapter while the run goes on, in every third case to where the run merges.
+
+    A merge is whole or is not there; who comes second to the same place may be refused.
+    """
     rng = chance("g3", case)
     out, merged = folder / "run", folder / "merged"
-    if case % 2:  # the adapter is there, and the run has nothing left to do but merge
+    if case % 3:  # the adapter is there, and the run has nothing left to do but merge
         copied(subject.whole, out)
+    if case % 3 == 2:
+        merged = out / "merged"
+        shutil.rmtree(merged)
     first = Child(subject.train(out, merge=True))
     time.sleep(rng.uniform(0, 1.2 * duration(subject, merge=True)))
     words = ("merge", str(out / "adapter"), "--out", str(merged), "--no-verify")
     second = Child(lambda: subject.lorakit(*words)).ended()
     one = first.ended()
-    assert one.code == 0, one
-    assert second.code == 0 or "error[adapter.not-found]" in second.said, second
-    assert second.code in (0, 2, 3), second
-    assert (second.code == 0) == merged.exists(), second
+    assert 0 in (one.code, second.code), f"{one} | {second}"
+    assert one.code == 0 or merged.parent == out, one
+    for ended in (one, second):
+        refusals = ("error[adapter.not-found]", "error[output.not-empty]")
+        assert ended.code == 0 or any(text in ended.said for text in refusals), ended
+    assert second.code == 0 or merged.parent == out or not merged.exists(), second
     if merged.exists():
         assert whole(merged)
-        assert (
-            result(folder)["merged/model.safetensors"] == subject.wanted["merged/model.safetensors"]
-        )
-    subject.check(out, merge=True)
+        found = result(merged.parent)
+        assert {found[key] for key in found if "merged" in key} == {
+            subject.wanted[key] for key in subject.wanted if "merged" in key
+        }
+    subject.finish(out, merge=True)
 
 
 def refused_by_a_lock(subject: Subject, case: int, folder: Path) -> None:
