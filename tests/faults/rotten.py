@@ -83,6 +83,10 @@ def rotten_adapter(subject: Subject, case: int, folder: Path) -> None:
         passport = json.loads((path / "lorakit.json").read_text())
         passport["recipe"]["data"]["system"] = "other"
         (path / "lorakit.json").write_text(json.dumps(passport))
+    elif case % 10 == 3:
+        what = "another lora_alpha"
+        config = json.loads((path / "adapter_config.json").read_text())
+        (path / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 3}))
     else:
         what = damage(path, chance("d3", case), flips_only=case % 2 == 0)
     unharmed(lambda: of_adapter(subject, path), facts_of_adapter(subject), what)
