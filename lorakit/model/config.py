@@ -84,7 +84,7 @@ def read_config(folder: Path, *, code_allowed: bool, links_into: Path | None) ->
         config: PretrainedConfig = attempt(
             str(path),
             lambda: AutoConfig.from_pretrained(
-                folder, trust_remote_code=True, local_files_only=True
+                folder, trust_remote_code=code_allowed, local_files_only=True
             ),
         )
         vars(config).pop(STORED, None)

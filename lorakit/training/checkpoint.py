@@ -94,7 +94,8 @@ def save(
             write_manifest(folder)
     except RunFailed as error:
         if last := [step for step in _steps(checkpoints) if step < state.step][-1:]:
-            error.help = f"step {last[0]} is saved, go on from there with --resume; {error.help}"
+            saved = f"step {last[0]} is saved, go on from there with --resume"
+            error.help = f"{saved}; {error.help}" if error.help else saved
         raise
     if reason := check_manifest(target):
         raise RunFailed("checkpoint.damaged", f"just written, but {reason}", where=str(target))

@@ -5,11 +5,10 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,12 +17,11 @@ from tests.conftest import pytest_configure
 pytest_configure()  # before torch is imported, which reads the environment
 
 from lorakit.storage.disk import append_line  # noqa: E402
+from tests.faults import results  # noqa: E402
 from tests.faults.subject import Subject  # noqa: E402
 from tests.faults.trials import Missing, Trial, all_trials  # noqa: E402
 from tests.faults.workers import Result, carry_out, tried  # noqa: E402
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "runs" / "faults.jsonl"
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- table -->\n", "<!-- end -->\n"
 
@@ -45,27 +43,30 @@ def main() -> int:
         if not options.table:
             subject = Subject.at(place / "subject")
             if options.case is not None:
-                results = [tried(trial, subject, options.case, place) for trial in trials]
-                sys.stdout.writelines(f"{result.failure or 'nothing'}\n" for result in results)
-                return int(any(result.failure for result in results))
+                found = [tried(trial, subject, options.case, place) for trial in trials]
+                said = (result.failure or result.missing or "nothing" for result in found)
+                sys.stdout.writelines(f"{line}\n" for line in said)
+                return int(any(result.failure or result.missing for result in found))
             _run(trials, subject, place, options)
-        table, failed = _table(trials)
+        table = results.table(trials)
         sys.stdout.write(table)
         if len(trials) == len(all_trials()) and not options.quick:
             text = README.read_text()
             README.write_text(text[: text.index(BEGIN)] + BEGIN + table + text[text.index(END) :])
-        return int(failed)
+        failed = [] if options.table else results.failed(trials, results.commit())
+        sys.stdout.writelines(f"{line}\n" for line in failed)
+        return int(bool(failed))
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
 
 def _run(trials: list[Trial], subject: Subject, place: Path, options: argparse.Namespace) -> None:
     """Try the cases that are not known on this commit."""
-    commit, everything = _commit(), _known()
+    commit, everything = results.commit(), results.known()
     missing: list[tuple[Trial, int]] = []
     counts: dict[str, int] = {}
     for trial in trials:
-        known = everything.get((trial.id, commit), Known()).failures
+        known = everything.get((trial.id, commit), results.Known()).failures
         try:
             counts[trial.id] = trial.count(subject)
             cases = trial.sample(subject) if options.quick else range(counts[trial.id])
@@ -83,62 +84,16 @@ def _run(trials: list[Trial], subject: Subject, place: Path, options: argparse.N
             _say(f"{result.trial}  cannot run here: {result.missing}")
             return
         row = {"commit": commit, **asdict(result), "of": counts[result.trial]}
-        append_line(RESULTS, json.dumps(row))
+        append_line(results.PLACE, json.dumps(row))
         if result.failure:
             _say(f"{result.trial}  case {result.case} failed:\n{result.failure}")
         if done % 100 == 0:
             _say(f"{result.trial}  {done} cases here in {time.monotonic() - began:.0f} s")
 
-    RESULTS.parent.mkdir(exist_ok=True)
+    results.PLACE.parent.mkdir(exist_ok=True)
     seconds = 60 * options.minutes
     begun = carry_out(missing, subject, place, note, processes=options.processes, seconds=seconds)
     _say(f"{len(missing) - begun} cases left")
-
-
-@dataclass
-class Known:
-    """How the cases of a trial failed that were tried on one commit, and how many there are."""
-
-    of: int = 0
-    failures: dict[int, str | None] = field(default_factory=dict)
-
-
-def _known() -> dict[tuple[str, str], Known]:
-    """Return what is known, by trial and commit; the latest commit comes last."""
-    found: dict[tuple[str, str], Known] = {}
-    for line in filter(None, RESULTS.read_text().splitlines() if RESULTS.exists() else ()):
-        row = json.loads(line)
-        known = found.setdefault((row["trial"], row["commit"]), Known())
-        known.of = row["of"]
-        known.failures[row["case"]] = row["failure"]
-    return found
-
-
-def _table(trials: list[Trial]) -> tuple[str, bool]:
-    """Return a row for each trial, of the commit where most was tried, and whether any failed."""
-    lines = ["| | trial | cases | failures | commit |\n|---|---|---|---|---|\n"]
-    found, failed = _known(), 0
-    for trial in trials:
-        known, commit = max(
-            ((known, commit) for (id, commit), known in reversed(found.items()) if id == trial.id),
-            key=lambda one: len(one[0].failures),
-            default=(Known(), ""),
-        )
-        tried = len(known.failures)
-        cases = f"{tried:,}" if tried == known.of else f"{tried:,} of {known.of:,}"
-        wrong = sum(failure is not None for failure in known.failures.values())
-        lines.append(f"| {trial.id} | {trial.what} | {cases} | {wrong:,} | {commit} |\n")
-        failed += wrong
-    return "".join(lines), failed > 0
-
-
-def _commit() -> str:
-    """Return the commit that is tried, with a mark when files are not as in it."""
-    said = [
-        subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-        for words in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "-uno"))
-    ]
-    return said[0] + ("+" if said[1] else "")
 
 
 def _say(text: str) -> None:

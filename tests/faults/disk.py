@@ -1,6 +1,5 @@
 """The disk refuses: full, broken, too small a file, no more files, read only, somebody else's."""
 
-import itertools
 import os
 import re
 import resource
@@ -22,17 +21,22 @@ from tests.faults.subject import Subject, copied, tree
 from tests.faults.syscalls import Call
 from tests.faults.trials import Missing, Trial
 
-ERRORS = ("ENOSPC", "EDQUOT", "EIO", "EFBIG")
-REFUSED = re.compile(r"open(at)?|mkdir(at)?|writev?|pwrite64|pwritev|f(data)?sync|rename\w*")
+FULL = ("ENOSPC", "EDQUOT")  # alike, so each call gets one of them
+REFUSED = re.compile(
+    r"open(at)?|mkdir(at)?|writev?|pwrite64|pwritev|copy_file_range|sendfile|f(data)?sync|rename\w*"
+)
 NOBODY = 65534
 
 
 @cache
 def every_write(subject: Subject) -> list[tuple[Scenario, Call, str]]:
-    """Return each call that a disk may refuse, with one of the errors it may give in turn."""
+    """Return each call that a disk may refuse, with each of the errors it may give."""
     calls = [(one, call) for one, call in every_call(subject) if REFUSED.fullmatch(call.name)]
-    errors = itertools.cycle(ERRORS)
-    return [(scenario, call, error) for (scenario, call), error in zip(calls, errors, strict=False)]
+    return [
+        (scenario, call, error)
+        for number, (scenario, call) in enumerate(calls)
+        for error in (FULL[number % 2], "EIO", "EFBIG")
+    ]
 
 
 def refused(subject: Subject, case: int, folder: Path) -> None:
@@ -186,7 +190,7 @@ TRIALS = [
     Trial("b1", "a full disk, of many sizes", 60, 2, full),
     Trial(
         "b2",
-        "ENOSPC, EDQUOT, EIO, EFBIG at each open, write, sync, rename",
+        "ENOSPC or EDQUOT, EIO and EFBIG at each open, write, copy, sync, rename",
         lambda subject: len(every_write(subject)),
         6,
         refused,

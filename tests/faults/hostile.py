@@ -1,20 +1,25 @@
 """Artifacts that attack who loads them: nothing of theirs is imported, run, read, sent or written.
 
-An audit hook (PEP 578) sees what the interpreter does while a command loads one; each also tries to
-leave a file behind.
+An audit hook sees what the interpreter does while a command loads one, and what the process does
+that renders templates; each also tries to leave a file behind.
 """
 
 import json
 import os
 import pickle
 import random
+import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lorakit import environment
+from tests.faults.audit import watch_all
 from tests.faults.forked import run
 from tests.faults.subject import RECIPE, Subject, copied
 from tests.faults.trials import Trial, chance
@@ -48,12 +53,16 @@ COMMANDS = {
     "checkpoint": ("train recipe.yaml --out run --resume",),
 }
 
-ALWAYS = frozenset(
-    """
-    pickle.find_class os.system os.exec os.posix_spawn os.spawn pty.spawn webbrowser.open
-    socket.connect socket.getaddrinfo socket.bind
-    """.split()
+# What runs the code in what it loads.
+LOADERS = (
+    (torch, "load"),
+    (torch.serialization, "load"),
+    (pickle, "load"),
+    (pickle, "loads"),
+    (pickle, "Unpickler"),
 )
+# What libraries import only to tell of an error.
+TELLING = frozenset({"jinja2.debug", "pydantic._internal._dataclasses"})
 
 Spoil = Callable[[Path, random.Random, str], None]
 
@@ -208,21 +217,14 @@ def loaded(subject: Subject, case: int, folder: Path) -> None:
     rng = chance("s1", case)
     kind, spoil = ARTIFACTS[case // 30]
     command = rng.choice(COMMANDS[kind])
-    copied(subject.folder / "model", folder / "model")
-    copied(subject.whole / "adapter", folder / "adapter")
-    for name in ("recipe.yaml", "rows.jsonl"):
-        shutil.copy(subject.folder / name, folder)
-    if kind == "checkpoint":
-        copied(subject.whole, folder / "run")
+    usual = imported(subject, kind, command)
+    lay_out(subject, kind, folder)
     canary, log = folder / "canary", folder / "events"
     spoil(folder, rng, str(canary))
 
     def action() -> int:
         os.environ["HF_TOKEN"] = "hf_" + "c" * 30
-        at_home = Subject(folder)
-        os.chdir(folder)
-        watch(log, (folder, subject.folder, environment.cache_folder()))
-        return at_home.lorakit(*command.split())
+        return watched(subject, folder, command, usual)
 
     ended = run(action)
     what = f"{spoil.__name__} in {command}"
@@ -235,41 +237,46 @@ def loaded(subject: Subject, case: int, folder: Path) -> None:
     assert "root:" not in ended.said, f"{what}: {ended}"
 
 
-def watch(log: Path, places: tuple[Path, ...]) -> None:
-    """From now on write down every event that no loading of data needs."""
-    homes = (*places, Path(sys.prefix), Path(sys.base_prefix), Path("/dev/null"), Path("/dev/shm"))
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in ALWAYS or _is_forbidden(event, arguments, homes, places[0]):
-            os.write(descriptor, f"{event} {str(arguments)[:200]}\n".encode())
-
-    sys.addaudithook(hook)
+def lay_out(subject: Subject, kind: str, folder: Path) -> None:
+    """Put into a folder what the commands of a kind of artifact take, as yet harmless."""
+    copied(subject.folder / "model", folder / "model")
+    copied(subject.whole / "adapter", folder / "adapter")
+    for name in ("recipe.yaml", "rows.jsonl"):
+        shutil.copy(subject.folder / name, folder)
+    if kind == "checkpoint":
+        copied(subject.whole, folder / "run")
 
 
-def _is_forbidden(
-    event: str, arguments: tuple[Any, ...], homes: tuple[Path, ...], folder: Path
-) -> bool:
-    match event:
-        case "import":
-            return "evil" in str(arguments[0]) or str(arguments[1]).startswith(str(folder))
-        case "compile":
-            return str(arguments[1]).startswith(str(folder))
-        case "exec":
-            return str(arguments[0].co_filename).startswith(str(folder))
-        case "subprocess.Popen":
-            return arguments[0] != sys.executable
-        case "ctypes.dlopen":
-            return bool(arguments[0]) and str(arguments[0]).startswith(str(folder))
-        case "open":
-            path, _, flags = arguments
-            if isinstance(path, int):
-                return False
-            writes = bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-            outside = not any(Path(os.fsdecode(path)).absolute().is_relative_to(h) for h in homes)
-            secret = os.fsdecode(path) in ("/etc/passwd", "/dev/zero", str(folder / "fifo"))
-            return secret or (writes and outside)
-    return False
+def watched(subject: Subject, folder: Path, command: str, usual: frozenset[str] | None) -> int:
+    """Run a command in a folder; `events` there is what it did and should not."""
+    places = (folder, subject.folder, environment.cache_folder())
+    os.chdir(folder)
+    for module, name in LOADERS:
+        setattr(module, name, refused(f"{module.__name__}.{name}"))
+    watch_all(folder / "events", places, usual)
+    return Subject(folder).lorakit(*command.split())
+
+
+def refused(name: str) -> Callable[..., Any]:
+    """Return what takes the place of a loader: a call is an event, and loads nothing."""
+
+    def loader(*_: Any, **__: Any) -> Any:
+        sys.audit("tests.loader", name)
+        raise AssertionError(f"{name} was called")
+
+    return loader
+
+
+@cache
+def imported(subject: Subject, kind: str, command: str) -> frozenset[str]:
+    """Return the modules that a command imports, in any interpreter, when nothing is hostile."""
+    folder = subject.own(f"clean-{kind}-{command.split()[0]}")
+    folder.mkdir()
+    lay_out(subject, kind, folder)
+    ended = run(lambda: watched(subject, folder, command, None))
+    assert ended.code == 0, ended
+    found = re.findall(r"^import \('([^']+)'", (folder / "events").read_text(), re.MULTILINE)
+    return TELLING.union(found)
 
 
 TRIALS = [

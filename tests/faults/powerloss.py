@@ -9,7 +9,6 @@ import itertools
 import os
 import random
 import shutil
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -134,8 +133,7 @@ def _keeping(action: Action, kept: Path) -> int | None:
 
     def keeping_fsync(descriptor: int) -> None:
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        # The trace is that of the main thread.
-        if path.is_file() and threading.current_thread() is threading.main_thread():
+        if path.is_file():
             keep(path, "synced")
         fsync(descriptor)
 

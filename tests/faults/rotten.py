@@ -2,7 +2,10 @@
 
 import json
 import os
+import random
+import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -12,7 +15,7 @@ import pytest
 import torch
 
 from lorakit import adapters
-from lorakit.data.cache import prepared
+from lorakit.data.cache import entries, prepared
 from lorakit.data.items import Request
 from lorakit.errors import LorakitError, RunFailed
 from lorakit.model import base as bases
@@ -23,9 +26,20 @@ from lorakit.training import checkpoint
 from tests.faults.damage import damage
 from tests.faults.forked import run
 from tests.faults.subject import Subject, copied
+from tests.faults.syscalls import in_one_thread
 from tests.faults.trials import Trial, chance
 
 NOT_REACHED = 98  # exit code of a child whose writes were fewer
+# What a disk spoils: a write of any file of tensors, one of a merge, what a header says beside its
+# tensors; and once it was synced, the name of a tensor of a merge, or a file of a checkpoint that
+# is not the first. Each up to a case, and which of them.
+LIES = {
+    "tensors": (60, range(48)),
+    "merged": (80, range(22)),
+    "header": (90, range(8)),
+    "name": (100, range(1)),
+    "checkpoint": (110, range(2, 6)),
+}
 PROBE = "the user asks <|im_end|> the system"
 
 
@@ -64,7 +78,17 @@ def spoilt_checkpoint(
 
 def rotten_adapter(subject: Subject, case: int, folder: Path) -> None:
     path = copied(subject.whole / "adapter", folder / "adapter")
-    what = damage(path, chance("d3", case), flips_only=case % 2 == 0)
+    if case % 10 == 1:
+        what = "another system prompt in the passport"
+        passport = json.loads((path / "lorakit.json").read_text())
+        passport["recipe"]["data"]["system"] = "other"
+        (path / "lorakit.json").write_text(json.dumps(passport))
+    elif case % 10 == 3:
+        what = "another lora_alpha"
+        config = json.loads((path / "adapter_config.json").read_text())
+        (path / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 3}))
+    else:
+        what = damage(path, chance("d3", case), flips_only=case % 2 == 0)
     unharmed(lambda: of_adapter(subject, path), facts_of_adapter(subject), what)
 
 
@@ -77,52 +101,101 @@ def rotten_merge(subject: Subject, case: int, folder: Path) -> None:
 def rotten_tokens(subject: Subject, case: int, folder: Path) -> None:
     """Damage an entry of the token cache: the rows are as they were, from it or made again."""
     copied(entry_of(subject), folder / "cache")
-    what = damage(folder / "cache", chance("d6", case), flips_only=case % 2 == 0)
+    rng = chance("d6", case)
+    if case % 10 == 1:
+        what = "another entry under its name"
+        (entry,) = entries(folder / "cache")
+        shutil.rmtree(entry)
+        (other,) = entries(entry_of(subject, seed=1))
+        copied(other, entry)
+    else:
+        what = damage(folder / "cache", rng, flips_only=case % 2 == 0)
     assert tokens(subject, folder / "cache") == tokens(subject, entry_of(subject)), what
 
 
 @cache
-def entry_of(subject: Subject) -> Path:
-    """Return a cache folder with one entry."""
-    tokens(subject, subject.own("cache"))
-    return subject.own("cache")
+def entry_of(subject: Subject, seed: int = 0) -> Path:
+    """Return a cache folder with one entry; with another seed it holds other rows."""
+    place = subject.own(f"cache-{seed}")
+    tokens(subject, place, seed)
+    return place
 
 
-def tokens(subject: Subject, place: Path) -> list[tuple[list[int], list[int]]]:
+def tokens(subject: Subject, place: Path, seed: int = 0) -> list[tuple[list[int], list[int]]]:
     """Return the ids and labels of the training rows, with a cache at `place`."""
-    recipe = subject.plan.recipe
-    request = Request.of(recipe)
+    request = replace(Request.of(subject.plan.recipe), seed=seed)
     plan = subject.plan
     dataset = prepared(place, request, plan.tokenizer, plan.base.context)
     return [(example.ids.tolist(), example.labels.tolist()) for example in dataset.train]
 
 
+class Liar:
+    """A disk that spoils one bit of one write of a kind, or of one sync, after it was asked to."""
+
+    def __init__(self, kind: str, which: range, rng: random.Random) -> None:
+        self.kind, self.rng, self.lied = kind, rng, False
+        self.before = rng.choice(which)
+
+    def take_place(self) -> None:
+        """Answer for the disk in this process."""
+        pwrite, copy, sync = os.pwrite, os.copy_file_range, os.fsync
+
+        def lying_pwrite(descriptor: int, data: bytes, offset: int) -> int:
+            count = pwrite(descriptor, data, offset)
+            self.hear(descriptor, offset, count)
+            return count
+
+        def lying_copy(source: int, target: int, count: int, start: int, offset: int) -> int:
+            count = copy(source, target, count, start, offset)
+            self.hear(target, offset, count)
+            return count
+
+        def lying_sync(descriptor: int) -> None:
+            sync(descriptor)
+            self.hear(descriptor, None, 0)
+
+        os.pwrite, os.copy_file_range, os.fsync = lying_pwrite, lying_copy, lying_sync
+
+    def hear(self, descriptor: int, offset: int | None, count: int) -> None:
+        """Spoil what was written, or a file that was synced, if its turn has come."""
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        meant = {
+            "tensors": offset is not None,
+            "merged": offset is not None and "merged" in str(path),
+            "header": offset == 0,
+            "name": offset is None and "merged" in str(path),
+            "checkpoint": offset is None and ".tmp-step" in str(path),
+        }
+        if self.lied or path.suffix != ".safetensors" or not meant[self.kind]:
+            return
+        self.lied, self.before = self.before == 0, self.before - 1
+        if not self.lied:
+            return
+        content = bytearray(path.read_bytes())
+        start, length = offset or 0, count or len(content)
+        if first := {"header": b"pt", "name": b"model."}.get(self.kind):
+            start, length = content.index(first), len(first)
+        at = start + self.rng.randrange(length)
+        content[at] ^= 1 << self.rng.randrange(8)
+        with path.open("r+b") as file:
+            file.write(content)
+
+
 def lying_disk(subject: Subject, case: int, folder: Path) -> None:
-    """Let one write put other bytes on the disk than it was given: a save reads them again."""
-    rng = chance("d5", case)
-    out, chosen, real = folder / "run", rng.randrange(60), os.pwrite
-    number = 0
+    """Let the disk keep other bytes than it was given: who wrote them reads them again."""
+    kind, which = next((kind, which) for kind, (end, which) in LIES.items() if case < end)
+    liar, out = Liar(kind, which, chance("d5", case)), folder / "run"
 
-    def pwrite(descriptor: int, data: bytes, offset: int) -> int:
-        nonlocal number
-        path = os.readlink(f"/proc/self/fd/{descriptor}")
-        if path.endswith(".safetensors"):
-            number += 1
-        if path.endswith(".safetensors") and number == chosen + 1:
-            changed = bytearray(data)
-            changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
-            data = bytes(changed)
-        return real(descriptor, data, offset)
-
-    def action() -> int:
-        os.pwrite = pwrite
-        code = subject.train(out, merge=True)()
-        return code if number > chosen else NOT_REACHED
+    def action() -> int | None:
+        liar.take_place()
+        code = in_one_thread(subject.train(out, merge=True))
+        return code if liar.lied else NOT_REACHED
 
     ended = run(action)
     if ended.code == NOT_REACHED:
         return
-    assert ended.code in (1, 3), f"write {chosen} of other bytes went unseen: {ended}"
+    assert ended.code in (1, 3), f"what the disk made of {kind} went unseen: {ended}"
+    assert "None" not in ended.said, ended
     subject.finish(out, merge=True)
 
 
@@ -205,7 +278,7 @@ TRIALS = [
     Trial("d1", "one flipped bit anywhere in a checkpoint", 10_000, 300, flipped_checkpoint),
     Trial("d2", "a checkpoint cut, extended, swapped, zeroed, removed", 1000, 60, torn_checkpoint),
     Trial("d6", "an entry of the token cache flipped or torn", 500, 30, rotten_tokens),
-    Trial("d5", "a disk that keeps other bytes than it was given", 60, 2, lying_disk),
+    Trial("d5", "a disk that keeps other bytes than it was given", 110, 4, lying_disk),
     Trial("d3", "an adapter flipped or torn", 1000, 100, rotten_adapter),
     Trial("d4", "a merged model flipped or torn", 500, 40, rotten_merge),
 ]

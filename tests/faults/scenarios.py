@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ def scenarios(subject: Subject) -> list[Scenario]:
 
     return [
         Scenario("start", lambda _: None, train, intact, done),
-        Scenario("newest damaged", lambda f: newest_damaged(subject, f), train, intact, done, 3),
+        Scenario("newest damaged", lambda f: newest_damaged(subject, f), train, intact, done, 1),
         Scenario("saved again", lambda f: evaluation_owed(subject, f), train, intact, done, 3),
         Scenario("finished", lambda f: copied(subject.whole, f / "run"), train, intact, done, 4),
         Scenario("merge", lambda _: None, merged(), old_or_new, merged_at_last),
@@ -113,12 +114,27 @@ def scenarios(subject: Subject) -> list[Scenario]:
 
 
 def newest_damaged(subject: Subject, folder: Path) -> None:
-    """Make a run whose last checkpoint lost a bit: it goes on from the one before."""
-    out = copied(subject.whole, folder / "run")
-    path = out / "checkpoints" / "step-000004" / "optimizer.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
+    """Make a run whose last two checkpoints lost a bit: it goes on from the first.
+
+    They are as many as are kept: were they counted, the first save would leave none that is good.
+    """
+    out = copied(_saved_often(subject), folder / "run")
+    shutil.rmtree(out / "checkpoints" / "step-000002")
+    for step in (3, 4):
+        path = out / "checkpoints" / f"step-00000{step}" / "optimizer.safetensors"
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+
+
+@cache
+def _saved_often(subject: Subject) -> Path:
+    """Return a run that kept a checkpoint of each step."""
+    out = subject.own("often")
+    often = ("--set", "train.save_every=1", "--set", "train.keep_checkpoints=4")
+    ended = run(subject.train(out, "--resume-or-start", *often))
+    assert ended.code == 0, ended
+    return out
 
 
 def evaluation_owed(subject: Subject, folder: Path) -> None:

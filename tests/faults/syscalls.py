@@ -1,7 +1,8 @@
 """What a child asks of the kernel: each change to the disk, listed, refused, or its last act.
 
 strace attaches to a child that waits, so the kernel itself is the witness: calls of Rust and C
-libraries are seen as well as Python's.
+libraries are seen as well as Python's. The child does in one thread what lorakit shares out among
+several: no call hides in another thread, and the same number is the same call.
 """
 
 import os
@@ -12,27 +13,32 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+from lorakit import threads
 from tests.faults.forked import Child, Ended
 
 CHANGES = (
     "open openat mkdir mkdirat write pwrite64 writev pwritev ftruncate fsync fdatasync chmod fchmod"
     " fchmodat rename renameat renameat2 link linkat symlink unlink unlinkat rmdir"
+    " copy_file_range sendfile"
 ).split()
 WRITABLE = ("O_WRONLY", "O_RDWR", "O_CREAT")
 _LINE = re.compile(r"(?P<name>\w+)\((?P<arguments>.*)\) += (?P<result>-?\d+)")
 _QUOTED = re.compile(r'(?:(?:AT_FDCWD|\d+)<(?P<at>[^>]*)>, )?"(?P<path>(?:[^"\\]|\\.)*)"')
 _OPENED = re.compile(r"\d+<(?P<path>[^>]*)>")
+_COPIED_TO = re.compile(r"\d+<[^>]*>, (?:NULL|\[[^]]*\]), \d+<(?P<path>[^>]*)>")
 
 Action = Callable[[], int | None]
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call that changed the disk: the `number`-th of its name in the main thread."""
+    """A call that changed the disk: the `number`-th of its name."""
 
     name: str
     number: int
@@ -102,7 +108,7 @@ def _injected(call: Call, action: Action, what: str) -> tuple[Ended, list[str]]:
 
 def _traced(action: Action, *options: str) -> tuple[Ended | None, str]:
     """Carry out an action under strace; None with what strace said where it cannot attach."""
-    child = Child(action, held=True)
+    child = Child(lambda: in_one_thread(action), held=True)
     strace = subprocess.Popen(
         ["strace", "-p", str(child.pid), *options], stderr=subprocess.PIPE, text=True
     )
@@ -111,6 +117,27 @@ def _traced(action: Action, *options: str) -> tuple[Ended | None, str]:
     ended = child.release().ended()
     complaint = strace.communicate()[1]
     return (ended if attached else None), complaint
+
+
+def in_one_thread(action: Action) -> int | None:
+    """Carry out an action, each piece of work that lorakit shares out when it is handed over."""
+    threads.ThreadPoolExecutor = _AtOnce  # type: ignore[assignment,misc]
+    return action()
+
+
+class _AtOnce(Executor):
+    """Does what it is given before it answers, in the thread that asked: strace sees one thread."""
+
+    def __init__(self, count: int) -> None:
+        del count
+
+    def submit(self, work: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(work(*arguments, **options))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
 
 
 def _is_traced(pid: int) -> bool:
@@ -125,6 +152,7 @@ def _paths(arguments: str) -> tuple[str, ...]:
         path = match["path"].encode().decode("unicode_escape").encode("latin-1").decode()
         # What is written is left out, and stands there as an empty text.
         found.append(os.path.join(match["at"] or "", path).rstrip("/"))
-    if not found and (match := _OPENED.match(arguments)):
+    # A copy names where it comes from first.
+    if not found and (match := _COPIED_TO.match(arguments) or _OPENED.match(arguments)):
         found.append(match["path"])
     return tuple(found)

@@ -1,6 +1,7 @@
 """More than one process: two of one run, of which one dies or hangs, and two runs of one folder."""
 
 import os
+import shutil
 import signal
 import socket
 import time
@@ -18,7 +19,8 @@ from lorakit.training import checkpoint, loop
 from tests.faults.forked import Child, Ended, run
 from tests.faults.kills import duration
 from tests.faults.numbers_ import spoil
-from tests.faults.subject import Subject, result, tree
+from tests.faults.scenarios import whole
+from tests.faults.subject import Subject, copied, result, tree
 from tests.faults.trials import Trial, chance
 
 PATIENCE = 3  # seconds that one process waits for the other
@@ -163,6 +165,38 @@ def two_runs(subject: Subject, case: int, folder: Path) -> None:
     subject.check(out)
 
 
+def run_and_merge(subject: Subject, case: int, folder: Path) -> None:
+    """Merge a run's adapter while the run goes on, in every third case to where the run merges.
+
+    A merge is whole or is not there; who comes second to the same place may be refused.
+    """
+    rng = chance("g3", case)
+    out, merged = folder / "run", folder / "merged"
+    if case % 3:  # the adapter is there, and the run has nothing left to do but merge
+        copied(subject.whole, out)
+    if case % 3 == 2:
+        merged = out / "merged"
+        shutil.rmtree(merged)
+    first = Child(subject.train(out, merge=True))
+    time.sleep(rng.uniform(0, 1.2 * duration(subject, merge=True)))
+    words = ("merge", str(out / "adapter"), "--out", str(merged), "--no-verify")
+    second = Child(lambda: subject.lorakit(*words)).ended()
+    one = first.ended()
+    assert 0 in (one.code, second.code), f"{one} | {second}"
+    assert one.code == 0 or merged.parent == out, one
+    for ended in (one, second):
+        refusals = ("error[adapter.not-found]", "error[output.not-empty]")
+        assert ended.code == 0 or any(text in ended.said for text in refusals), ended
+    assert second.code == 0 or merged.parent == out or not merged.exists(), second
+    if merged.exists():
+        assert whole(merged)
+        found = result(merged.parent)
+        assert {found[key] for key in found if "merged" in key} == {
+            subject.wanted[key] for key in subject.wanted if "merged" in key
+        }
+    subject.finish(out, merge=True)
+
+
 def refused_by_a_lock(subject: Subject, case: int, folder: Path) -> None:
     out = folder / "run"
     with locked(out) as sign:
@@ -187,7 +221,7 @@ def holder_killed(subject: Subject, case: int, folder: Path) -> None:
 
 
 def contended(subject: Subject, case: int, folder: Path) -> None:
-    (two_runs, refused_by_a_lock, holder_killed)[case // 30](subject, case, folder)
+    (two_runs, refused_by_a_lock, holder_killed, run_and_merge)[case // 30](subject, case, folder)
 
 
 TRIALS = [
@@ -195,5 +229,11 @@ TRIALS = [
     Trial("c4", "SIGTERM and no time left in one of two processes", 12, 2, one_in_haste),
     Trial("f1", "SIGKILL of one of two processes", 30, 1, one_killed),
     Trial("f2", "SIGSTOP of one of two processes", 10, 1, one_hangs),
-    Trial("g1", "two runs of one folder; a live and a dead holder of the lock", 90, 3, contended),
+    Trial(
+        "g1",
+        "two runs of one folder; a live and a dead holder of the lock; a run and a merge of it",
+        120,
+        4,
+        contended,
+    ),
 ]
