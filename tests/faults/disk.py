@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 from lorakit.storage.manifest import check_manifest
@@ -37,6 +38,22 @@ def every_write(subject: Subject) -> list[tuple[Scenario, Call, str]]:
         for number, (scenario, call) in enumerate(calls)
         for error in (FULL[number % 2], "EIO", "EFBIG")
     ]
+
+
+@cache
+def after_moves(subject: Subject) -> list[int]:
+    """Return the cases of `refused` in which a folder has just been moved aside to be deleted."""
+    moved = {
+        (scenario.name, after)
+        for (scenario, call), (_, after) in pairwise(every_call(subject))
+        if call.name.startswith("rename") and "/.trash-" in call.paths[-1]
+    }
+    writes = enumerate(every_write(subject))
+    return [case for case, (scenario, call, _) in writes if (scenario.name, call) in moved]
+
+
+def not_moved(subject: Subject, case: int, folder: Path) -> None:
+    refused(subject, after_moves(subject)[case], folder)
 
 
 def refused(subject: Subject, case: int, folder: Path) -> None:
@@ -197,6 +214,13 @@ TRIALS = [
     ),
     Trial("b3", "EFBIG: a limit on the size of files", 25, 1, small_files),
     Trial("b4", "no more files on the disk", 12, 1, no_more_files),
+    Trial(
+        "b5",
+        "the same at the sync that makes a folder's move aside last, among those of b2",
+        lambda subject: len(after_moves(subject)),
+        1,
+        not_moved,
+    ),
     Trial("h1", "folders that are read only or somebody else's", 20, 5, of_somebody_else),
     Trial("h2", "inputs that are read only and somebody else's", 10, 1, inputs_read_only),
 ]

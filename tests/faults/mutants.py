@@ -33,7 +33,8 @@ CALLS = frozenset(
 # Where, in which functions (with `?` their conditions as well), and which trials are tried first.
 PLACES = (
     ("lorakit.storage.disk", "sync make_folder", "a4"),
-    ("lorakit.storage.publish", "publish_folder publish_file remove_folder", "a4"),
+    ("lorakit.storage.publish", "publish_folder publish_file", "a4"),
+    ("lorakit.storage.publish", "remove_folder", "a4 b5"),
     ("lorakit.storage.publish", "sweep? set_aside _prepare _settle _put", "a4"),
     ("lorakit.storage.lock", "_take", "g1"),
     ("lorakit.storage.manifest", "check_manifest?", "d1 d2"),
@@ -69,6 +70,7 @@ NOTICE = {
     "e1": 40,
     "g1": 6,
     "a1": 60,
+    "b5": 30,
     "b2": 60,
 }
 
