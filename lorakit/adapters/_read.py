@@ -197,7 +197,7 @@ def _read_passport(folder: Path, links_into: Path | None) -> dict[str, Any] | No
         key = ".".join(map(str, first["loc"]))
         message = f"{key}: a value of another type is expected, found {shown(first['input'])}"
         raise BadInput("adapter.bad-config", message, where=str(path)) from None
-    check_sha256(folder / TENSORS, files[TENSORS], "adapter")
+    check_sha256(inside(folder, TENSORS, links_into=links_into), files[TENSORS], "adapter")
     tokenizer = {n: d for n, d in files.items() if n not in (CONFIG, TENSORS)}
     _check_tokenizer(folder, tokenizer, links_into)
     return passport

@@ -30,7 +30,7 @@ def find_texts(saved: Saved, base: Base) -> dict[str, Path]:
         BadInput: `security.path` when one of them is a link that leads elsewhere.
     """
     kinds = KINDS | {".py"} if base.remote_code else KINDS
-    found = {}
+    found: dict[str, Path] = {}
     for folder, links_into in ((base.folder, base.links_into), (saved.folder, saved.links_into)):
         for entry in sorted(folder.iterdir()) if folder else ():
             if entry.suffix in kinds and entry.name not in NOT_COPIED and not entry.is_dir():

@@ -1,7 +1,7 @@
 """Paths that cannot leave their folder, and files that are nothing but files.
 
 Names that come from a file (a shard in an index, an entry of a manifest) are text from a stranger:
-`inside` is the only way to make a path of one.
+`inside` is the only way to make a path of one, and what it checked is what `open_regular` opens.
 """
 
 import errno
@@ -9,7 +9,7 @@ import os
 import stat
 from difflib import get_close_matches
 from io import BufferedReader
-from pathlib import Path
+from pathlib import Path, PosixPath
 
 from lorakit.errors import BadInput, LorakitError, Place, RunFailed, one_of
 from lorakit.storage.disk import storage_error
@@ -54,7 +54,42 @@ def file_error(
     raise ValueError(f"no error has the id {name}.{kind}")
 
 
-def inside(folder: Path, name: str, *, links_into: Path | None = None) -> Path:
+class Inside(PosixPath):
+    """A path below `root` that was checked. It is opened part by part, and never over a link.
+
+    So nobody who changes the folder after the check can lead outside.
+    """
+
+    root_folder: Path
+
+    @classmethod
+    def of(cls, root: Path, path: Path) -> "Inside":
+        """Return a path as one that lies below a root."""
+        found = cls(path)
+        found.root_folder = root
+        return found
+
+    def descriptor(self) -> int:
+        """Open the file for reading.
+
+        Raises:
+            OSError: ELOOP where a link has come to stand in the way.
+        """
+        *above, name = self.relative_to(self.root_folder).parts
+        folder = os.open(self.root_folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            for part in above:
+                below = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+                os.close(folder)
+                folder = below
+            return os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW, dir_fd=folder)
+        except NotADirectoryError as error:  # what Linux says of a link to a directory
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(self)) from error
+        finally:
+            os.close(folder)
+
+
+def inside(folder: Path, name: str, *, links_into: Path | None = None) -> Inside:
     """Return `folder/name` for a name from a stranger; the file may be missing.
 
     Args:
@@ -74,17 +109,17 @@ def inside(folder: Path, name: str, *, links_into: Path | None = None) -> Path:
     parts = name.split("/")
     if not name.isprintable() or "\\" in name or any(part in ("", ".", "..") for part in parts):
         raise refused("would lead outside; a name below the folder was expected")
-    path = folder
+    root, path = folder, folder
     for depth, part in enumerate(parts, start=1):
         path = path / part
         try:
             if links_into is not None and path.is_symlink():
-                path = Path(os.path.realpath(path, strict=True))
-                if not path.is_relative_to(links_into.resolve()):
+                root, path = links_into.resolve(), Path(os.path.realpath(path, strict=True))
+                if not path.is_relative_to(root):
                     raise refused("is a link that leads outside")
             mode = os.lstat(path).st_mode
         except FileNotFoundError:
-            return folder / name
+            return Inside.of(folder, folder / name)
         except OSError as error:
             if error.errno == errno.ENAMETOOLONG:
                 raise refused("is longer than the name of a file can be") from None
@@ -94,7 +129,7 @@ def inside(folder: Path, name: str, *, links_into: Path | None = None) -> Path:
         wanted = stat.S_IFREG if depth == len(parts) else stat.S_IFDIR
         if stat.S_IFMT(mode) != wanted:
             raise refused(f"was expected to be a {_KINDS[wanted]}; {part} is a {kind_of(mode)}")
-    return path
+    return Inside.of(root, path)
 
 
 def hub_cache(folder: Path) -> Path | None:
@@ -108,13 +143,17 @@ def open_regular(path: Path, family: str) -> BufferedReader:
     """Open a file for reading; a FIFO, device, socket or directory is never read.
 
     Raises:
-        BadInput: `family.not-found`, with names that are near, or `family.not-a-file`.
+        BadInput: `family.not-found`, with names that are near, or `family.not-a-file`;
+            `security.path` when a checked path leads over a link by now.
         RunFailed: when the disk refuses.
     """
+    checked = path if isinstance(path, Inside) else None
     try:
-        mode = os.stat(path).st_mode  # before open: opening a device can already act on it
-        if stat.S_ISREG(mode):
-            file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: SIM115
+        # Before open: opening a device can already act on it.
+        mode = os.stat(path, follow_symlinks=checked is None).st_mode
+        if stat.S_ISREG(mode) or (checked and stat.S_ISLNK(mode)):
+            opened = checked.descriptor() if checked else os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            file = open(opened, "rb")  # noqa: SIM115
             mode = os.fstat(file.fileno()).st_mode
             if stat.S_ISREG(mode):
                 return file
@@ -122,7 +161,7 @@ def open_regular(path: Path, family: str) -> BufferedReader:
     except ValueError:  # a NUL or a lone surrogate
         raise _not_found(path, family) from None
     except OSError as error:
-        if error.errno in _NOT_FOUND:
+        if error.errno in _NOT_FOUND - ({errno.ELOOP} if checked else set()):
             raise _not_found(path, family) from None
         raise storage_error(error, path) from error
     message = f"not a regular {family.partition('.')[0]} file: is a {kind_of(mode)}"

@@ -9,14 +9,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 
 from lorakit.storage.manifest import check_manifest
 from lorakit.storage.publish import is_aside
 from tests.faults import syscalls
 from tests.faults.forked import Ended, run
-from tests.faults.kills import every_call
+from tests.faults.kills import after_moves, every_call
 from tests.faults.scenarios import Scenario
 from tests.faults.subject import Subject, copied, tree
 from tests.faults.syscalls import Call
@@ -41,19 +40,16 @@ def every_write(subject: Subject) -> list[tuple[Scenario, Call, str]]:
 
 
 @cache
-def after_moves(subject: Subject) -> list[int]:
-    """Return the cases of `refused` in which a folder has just been moved aside to be deleted."""
-    moved = {
-        (scenario.name, after)
-        for (scenario, call), (_, after) in pairwise(every_call(subject))
-        if call.name.startswith("rename") and "/.trash-" in call.paths[-1]
-    }
+def refused_moves(subject: Subject) -> list[int]:
+    """Return the cases of `refused` in which something has just been moved aside."""
+    calls = every_call(subject)
+    moved = {(calls[number][0].name, calls[number][1]) for number in after_moves(subject)}
     writes = enumerate(every_write(subject))
     return [case for case, (scenario, call, _) in writes if (scenario.name, call) in moved]
 
 
 def not_moved(subject: Subject, case: int, folder: Path) -> None:
-    refused(subject, after_moves(subject)[case], folder)
+    refused(subject, refused_moves(subject)[case], folder)
 
 
 def refused(subject: Subject, case: int, folder: Path) -> None:
@@ -216,8 +212,8 @@ TRIALS = [
     Trial("b4", "no more files on the disk", 12, 1, no_more_files),
     Trial(
         "b5",
-        "the same at the sync that makes a folder's move aside last, among those of b2",
-        lambda subject: len(after_moves(subject)),
+        "the same where something was just moved aside, among those of b2",
+        lambda subject: len(refused_moves(subject)),
         1,
         not_moved,
     ),

@@ -7,14 +7,16 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
+from lorakit.storage.publish import sweep
 from lorakit.training import checkpoint
 from tests.faults import syscalls
 from tests.faults.forked import Child, Ended, run
 from tests.faults.powerloss import Recording
 from tests.faults.scenarios import Scenario, resumable, scenarios
-from tests.faults.subject import STEPS, Subject
+from tests.faults.subject import STEPS, Subject, tree
 from tests.faults.syscalls import Call
 from tests.faults.trials import Missing, Trial, chance
 
@@ -27,8 +29,41 @@ def every_call(subject: Subject) -> list[tuple[Scenario, Call]]:
     return [(scenario, call) for scenario in scenarios(subject) for call in scenario.calls(subject)]
 
 
+@cache
+def after_moves(subject: Subject) -> list[int]:
+    """Return the calls of `every_call` that come right after something was moved aside."""
+    pairs = enumerate(pairwise(call for _, call in every_call(subject)), start=1)
+    aside = re.compile(r"/\.(old|trash)-[^/]*$")
+    return [
+        number
+        for number, (call, _) in pairs
+        if call.name.startswith("rename") and aside.search(call.paths[-1])
+    ]
+
+
+def after_a_move(subject: Subject, case: int, folder: Path) -> None:
+    scenario, call = every_call(subject)[after_moves(subject)[case]]
+    here = killed(scenario, call, folder)
+    for place in {path.parent for path in here.rglob(".old-*")}:
+        old = place.glob(".old-*")
+        aside = {path.name[len(".old-") :].rsplit("-", 2)[0]: tree(path) for path in old}
+        there = {name for name in aside if (place / name).exists()}
+        sweep(place)
+        back = {name: tree(place / name) for name in aside if name not in there}
+        assert back == {name: aside[name] for name in back}, f"{call}: not brought back"
+    scenario.intact(here)
+    scenario.done(here)
+
+
 def before_a_call(subject: Subject, case: int, folder: Path) -> None:
     scenario, call = every_call(subject)[case]
+    here = killed(scenario, call, folder)
+    scenario.intact(here)
+    scenario.done(here)
+
+
+def killed(scenario: Scenario, call: Call, folder: Path) -> Path:
+    """Carry out a scenario up to a call; return where."""
     # A run may open a source file or two less than the listed one: then its calls come earlier.
     for earlier in range(4):
         here = folder / str(earlier)
@@ -39,8 +74,7 @@ def before_a_call(subject: Subject, case: int, folder: Path) -> None:
         if ended.code != 0:
             break
     assert ended.code == -signal.SIGKILL, f"{scenario.name}, {call}: {ended}"
-    scenario.intact(here)
-    scenario.done(here)
+    return here
 
 
 @cache
@@ -187,6 +221,13 @@ TRIALS = [
         lambda subject: len(every_call(subject)),
         8,
         before_a_call,
+    ),
+    Trial(
+        "a2",
+        "the same where something was just moved aside, among those of a1",
+        lambda subject: len(after_moves(subject)),
+        1,
+        after_a_move,
     ),
     Trial("a3", "SIGKILL at random times, in resumes and in chains of five", 1000, 50, at_random),
     Trial("a4", "power loss: disk states made from recorded runs", 2000, 200, power_lost),

@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 
-from tests.faults.forked import run
+from tests.faults.forked import Child
 from tests.faults.subject import Subject
 from tests.faults.trials import Missing, Trial, all_trials
 
+PATIENCE = 900  # seconds for all trials on one mutant
 UNTRIED = 97  # exit code of a child in which a trial could not be tried
 
 # What is left out: a call that stands alone, or a condition that holds when something is wrong.
@@ -35,7 +36,8 @@ PLACES = (
     ("lorakit.storage.disk", "sync make_folder", "a4"),
     ("lorakit.storage.publish", "publish_folder publish_file", "a4"),
     ("lorakit.storage.publish", "remove_folder", "a4 b5"),
-    ("lorakit.storage.publish", "sweep? set_aside _prepare _settle _put", "a4"),
+    ("lorakit.storage.publish", "sweep?", "a2 a4"),
+    ("lorakit.storage.publish", "set_aside _prepare _settle _put", "a4 a2 b5"),
     ("lorakit.storage.lock", "_take", "g1"),
     ("lorakit.storage.manifest", "check_manifest?", "d1 d2"),
     ("lorakit.storage.hashing", "check_sha256?", "d3 d4"),
@@ -70,6 +72,7 @@ NOTICE = {
     "e1": 40,
     "g1": 6,
     "a1": 60,
+    "a2": 40,
     "b5": 30,
     "b2": 60,
 }
@@ -171,7 +174,7 @@ def _is_code(constant: object, name: str) -> bool:
 def noticed(subject: Subject, case: int, folder: Path) -> None:
     """Try the trials on a mutant until one fails; it is a failure when none does."""
     mutant = mutants()[case]
-    ended = run(lambda: _try_on(mutant, folder))
+    ended = Child(lambda: _try_on(mutant, folder)).ended(PATIENCE)
     if ended.code == UNTRIED:  # what it would have noticed is not known
         raise Missing(ended.said.splitlines()[-1])
     assert ended.code == 0, f"nothing notices {mutant}: {ended}"

@@ -5,6 +5,7 @@ import multiprocessing
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -78,8 +79,9 @@ def carry_out(
 
 def tried(trial: Trial, subject: Subject, case: int, place: Path) -> Result:
     """Try one case in a new folder below `place`."""
-    folder = place / "case"
-    folder.mkdir(parents=True)
+    place.mkdir(parents=True, exist_ok=True)
+    # Of its own name: what a killed case has left running may still write into the last one.
+    folder = Path(tempfile.mkdtemp(prefix="case-", dir=place))
     try:
         trial.body(subject, case, folder)
     except Missing as reason:

@@ -107,6 +107,47 @@ def test_no_name_leads_outside(tmp_path_factory: pytest.TempPathFactory, name: s
     assert path.resolve() != folder
 
 
+@pytest.mark.parametrize("name", ["x.safetensors", "sub/y.safetensors"])
+def test_a_link_that_comes_after_the_check_is_not_followed(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
+    path = inside(folder, name)
+    with open_regular(path, "model") as file:
+        assert file.read() == name.removeprefix("sub/")[:1].encode()
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / Path(name).name).write_text("secret")
+    first = folder / name.partition("/")[0]
+    first.rename(tmp_path / "gone")
+    first.symlink_to(outside / name if first == path else outside)
+    assert Path(path).read_text() == "secret"  # who goes by the name alone
+    with pytest.raises(BadInput) as caught:
+        open_regular(path, "model")
+    assert caught.value.id == "security.path"
+    first.unlink()
+    with pytest.raises(BadInput) as caught:
+        open_regular(path, "model")
+    assert caught.value.id == "model.not-found"
+
+
+def test_the_links_of_a_cache_are_resolved_once(tmp_path: Path) -> None:
+    cache = tmp_path / "models--a--b"
+    blobs, snapshot = cache / "blobs", cache / "snapshots" / "1"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    (blobs / "abc").write_text("x")
+    (snapshot / "x.json").symlink_to("../../blobs/abc")
+    path = inside(snapshot, "x.json", links_into=cache)
+    with open_regular(path, "model") as file:
+        assert file.read() == b"x"
+    (tmp_path / "secret").write_text("secret")
+    (blobs / "abc").unlink()
+    (blobs / "abc").symlink_to(tmp_path / "secret")
+    with pytest.raises(BadInput) as caught:
+        open_regular(path, "model")
+    assert caught.value.id == "security.path"
+
+
 def test_a_regular_file_is_opened(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"abc")
     (tmp_path / "link").symlink_to("x")
