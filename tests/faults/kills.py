@@ -15,7 +15,7 @@ from lorakit.training import checkpoint
 from tests.faults import syscalls
 from tests.faults.forked import Child, Ended, run
 from tests.faults.powerloss import Recording
-from tests.faults.scenarios import Scenario, resumable, scenarios
+from tests.faults.scenarios import Scenario, resumable, rows_gone, scenarios
 from tests.faults.subject import STEPS, Subject, tree
 from tests.faults.syscalls import Call
 from tests.faults.trials import Missing, Trial, chance
@@ -132,7 +132,7 @@ def power_lost(subject: Subject, case: int, folder: Path) -> None:
     if reason := syscalls.why_not():
         raise Missing(reason)
     rng = chance("a4", case)
-    scenario = rng.choice(scenarios(subject))
+    scenario = rng.choice([*scenarios(subject), rows_gone(subject)])
     recording = scenario.recording(subject)
     state = folder / "state"
     length = recording.state(rng, state)

@@ -44,6 +44,7 @@ class Recording:
         shutil.copytree(self.before, target, symlinks=True)
         syncs: Counter[str] = Counter()
         lost: dict[Path, Path] = {}  # new names of what still has its old one
+        made: set[str] = set()  # names that opening has made, which is done once
         for at, call in enumerate(self.calls[:length]):
             paths = [_by_old_name(Path(path), lost) for path in call.paths]
             here = [target / path.relative_to(self.below) for path in paths]
@@ -51,6 +52,12 @@ class Recording:
                 self._settle(call.paths[0], syncs[call.paths[0]], here[0])
                 syncs[call.paths[0]] += 1
                 continue
+            if call.name.startswith("open"):
+                if call.paths[0] in made:
+                    continue
+                made.add(call.paths[0])
+            elif not call.name.startswith(("write", "pwrite")):
+                made -= set(call.paths)
             later = self.calls[at + 1 : length]
             if not _is_synced(paths[-1].parent, later) and rng.random() < often:
                 if call.name.startswith("rename"):

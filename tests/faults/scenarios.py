@@ -18,7 +18,7 @@ from lorakit.storage.publish import sweep
 from lorakit.training import checkpoint, loop
 from tests.faults.forked import run
 from tests.faults.powerloss import Recording, record
-from tests.faults.subject import Subject, copied, result
+from tests.faults.subject import Subject, copied, result, rows
 from tests.faults.syscalls import Call, listed
 
 SHARDS = "40KB"  # makes three files of the tiny model
@@ -111,6 +111,38 @@ def scenarios(subject: Subject) -> list[Scenario]:
         Scenario("merge over", merge_before, merged("--overwrite"), old_or_new, merged_at_last),
         Scenario("tokens", lambda _: None, tokenised, believed, kept),
     ]
+
+
+@cache
+def rows_gone(subject: Subject) -> Scenario:
+    """Return a resume that finds no `metrics.jsonl` and makes a new one, for power loss.
+
+    A checkpoint is never ahead of the rows, and the folder's entry of their file is no exception.
+    """
+    often = ("--resume-or-start", "--set", "train.save_every=1")
+
+    def prepare(folder: Path) -> None:
+        out = copied(_saved_often(subject), folder / "run")
+        for step in (3, 4):
+            shutil.rmtree(out / "checkpoints" / f"step-00000{step}")
+        (out / "metrics.jsonl").unlink()
+
+    def intact(folder: Path) -> None:
+        found, _ = checkpoint.newest(folder / "run" / "checkpoints")
+        if found and found.state.step > 2:
+            there = (folder / "run" / "metrics.jsonl").exists()
+            steps = [row["step"] for row in rows(folder / "run") if "loss" in row] if there else []
+            assert steps[:1] == [3], f"step {found.state.step} is saved, rows are of {steps}"
+
+    def done(folder: Path) -> None:
+        ended = run(subject.train(folder / "run", *often))
+        assert ended.code == 0, ended
+        assert result(folder / "run").items() <= subject.wanted.items()
+
+    def train(folder: Path) -> Callable[[], int]:
+        return subject.train(folder / "run", *often)
+
+    return Scenario("rows gone", prepare, train, intact, done, 2)
 
 
 def newest_damaged(subject: Subject, folder: Path) -> None:
