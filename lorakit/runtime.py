@@ -78,7 +78,7 @@ class Runtime:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         # The kernel brings its highest mark up to date now and then only.
-        return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, resident_bytes())
+        return max(highest_bytes(), resident_bytes())
 
     def used_bytes(self) -> int:
         """Return the memory in use now: of the GPU's allocator, or resident on a CPU."""
@@ -322,6 +322,19 @@ def resident_bytes() -> int:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * resource.getpagesize()
     except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def highest_bytes() -> int:
+    """Return the most resident memory that this process has had.
+
+    Not `ru_maxrss`, in which a process inherits what its parent had.
+    """
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            rows = dict(line.split(":", 1) for line in file)
+        return int(rows["VmHWM"].split()[0]) * 1024
+    except (OSError, KeyError):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

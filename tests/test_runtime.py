@@ -1,6 +1,8 @@
 """Dtypes, cores and memory of the machine, and what one process makes of a sum."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from lorakit.runtime import (
     Runtime,
     available_bytes,
     best_dtype,
+    highest_bytes,
+    resident_bytes,
     resolve_dtype,
     usable_cores,
 )
@@ -66,3 +70,12 @@ def test_dtypes_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_cores_are_those_this_process_may_use() -> None:
     assert 1 <= usable_cores() <= (os.cpu_count() or 1)
+
+
+def test_the_highest_mark_of_memory_is_not_the_parents() -> None:
+    ours = torch.ones(400 << 20, dtype=torch.uint8)  # pages of its own, as a notebook may have
+    code = "from lorakit.runtime import highest_bytes; print(highest_bytes())"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert highest_bytes() >= resident_bytes() > ours.nbytes
+    assert 0 < int(said.stdout) < 2 * ours.nbytes
+    assert int(said.stdout) < highest_bytes() - ours.nbytes / 2
