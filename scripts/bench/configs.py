@@ -192,6 +192,17 @@ ABLATIONS = (
         ),
         "lorakit",
     ),
+    *(
+        Config(
+            f"A{number}",
+            f"what a base in 4 bits costs on a CPU: one row of {tokens} tokens",
+            (tokens,),
+            0.5,
+            (Arm("lorakit", LORAKIT), Arm("lorakit NF4", LORAKIT, options={"nf4": True})),
+            "no arm",  # the bases differ, and so do the losses
+        )
+        for number, tokens in ((5, 64), (6, 512))
+    ),
 )
 
 # On a machine whose dtype is fp32 the bf16 arms say what the other dtype would cost there.

@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from lorakit.environment import cache_folder  # the package need not be installed
 
-ORDER = "C3 C2 C6 C5 C4 C1 A4 A3".split()  # what matters most first, should time run out
+ORDER = "C3 C2 C6 C5 C4 C1 A4 A5 A6 A3".split()  # what matters most first, should time run out
 MERGE_BASE, SMALL, LARGE = "base-2gb", "adapter-small", "adapter-large"
 
 
