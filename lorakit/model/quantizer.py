@@ -54,7 +54,7 @@ def notices_of(model: PreTrainedModel, how: Quantization, device: torch.device) 
     notices = []
     if device.type == "cpu":
         message = (
-            f"on a CPU {how.form} saves memory, not time: steps of SmolLM2 took 1.2 to 1.4 times as"
+            f"on a CPU {how.form} saves memory, not time: steps of SmolLM2 took 1.0 to 1.4 times as"
             " long as with dense weights at 64 tokens, 1.0 to 1.2 at 512; quantising it took 4 s"
         )
         notices.append(Notice("model.quantized-on-cpu", message))
