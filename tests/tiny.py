@@ -25,6 +25,14 @@ SIZES = """
     num_key_value_heads max_position_embeddings bos_token_id eos_token_id pad_token_id
     sliding_window
 """
+SMALL: dict[str, Any] = {  # widths of a Llama, as most families call them
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 UNKNOWN, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 CHAT_TEMPLATE = (
@@ -47,14 +55,7 @@ def tiny_config(family: str, *, tied: bool = False, **changes: Any) -> Pretraine
     if family == "gpt2":
         sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
         return GPT2Config(**{**sizes, **common})
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-    }
+    sizes = SMALL | {"max_position_embeddings": 256}
     return {"llama": LlamaConfig, "qwen2": Qwen2Config}[family](**{**sizes, **common})
 
 

@@ -9,6 +9,7 @@ import torch
 
 from lorakit.adapters import Saved
 from lorakit.errors import BadInput, RunFailed
+from lorakit.export.logits import GIB
 from lorakit.model.base import Base, skeleton
 from lorakit.model.dequantised import dequantised
 from lorakit.model.quantized import Quantization
@@ -16,8 +17,6 @@ from lorakit.model.quantizer import quantizable
 from lorakit.model.weights import Weights
 from lorakit.recipe.sections import BaseWeights
 from lorakit.runtime import DTYPES, available_bytes
-
-GIB = 2**30
 
 
 def trained_on(saved: Saved, base: Base) -> Quantization | None:

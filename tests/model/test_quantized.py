@@ -21,6 +21,7 @@ from lorakit.model.sites import find_sites
 from tests.model.finding import edit, find, load
 from tests.tiny import (
     FAMILIES,
+    SMALL,
     tiny_config,
     tiny_model,
     tiny_tokenizer,
@@ -196,14 +197,6 @@ def test_routers_and_fused_experts_stay_dense() -> None:
     assert any(name.endswith("shared_expert_gate") for name, _ in model.named_modules())
 
 
-SMALL = {
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {
     "hunyuan_v1_moe": ("mlp.gate.wg", {"num_experts": 4, "moe_topk": 2, "head_dim": 8}),
     "jetmoe": ("mlp.router.layer", {"num_local_experts": 4, "kv_channels": 8}),

@@ -1,7 +1,6 @@
 """A model that reads its weights when it needs them gives the logits of one that holds them."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,22 +12,14 @@ from lorakit.model.streamed import RowByRow, Stored, held_bytes, streamed
 from lorakit.model.weights import Weights
 from lorakit.threads import Threads
 from tests.export.adapters import find_base
-from tests.tiny import tiny_tokenizer, write_tiny_model
+from tests.tiny import SMALL, tiny_tokenizer, write_tiny_model
 
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 35).view(2, 16)
-SIZES: dict[str, Any] = {
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 # What each is here for: a scaled embedding, positions looked up by a class of its own, a recurrence
 # with parameters of its own, experts that transformers makes one tensor of while it loads.
 MORE = {
-    "gemma2": SIZES | {"head_dim": 8},
+    "gemma2": SMALL | {"head_dim": 8},
     "opt": {
         "vocab_size": 320,
         "hidden_size": 32,
@@ -38,7 +29,7 @@ MORE = {
         "num_attention_heads": 4,
     },
     "mamba": {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
-    "mixtral": SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
 
 
