@@ -1,5 +1,6 @@
 """Results that are absent, old or complete, and never half: written beside, synced, renamed."""
 
+import errno
 import os
 import re
 import secrets
@@ -204,17 +205,26 @@ def _settle(folder: Path) -> None:
 def _put(temporary: Path, target: Path) -> None:
     """Rename a settled folder to `target`, an older one moved aside for it."""
     old = _beside(target, "old")
-    had_old = os.path.lexists(target)
+    had_old, placed = os.path.lexists(target), False
     if had_old:
         os.rename(target, old)
     try:
         os.rename(temporary, target)
+        placed = True
         sync(target.parent)
     finally:
-        if os.path.lexists(target):
-            _delete(old)
-        elif had_old:
-            os.rename(old, target)
+        if had_old and not placed:
+            _bring_back(old, target)
+        _delete(old)
+
+
+def _bring_back(old: Path, target: Path) -> None:
+    """Rename what was moved aside to `target`, unless somebody else's folder has come there."""
+    try:
+        os.rename(old, target)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise  # it stays aside, and the next publication brings it back
 
 
 def _delete(path: Path) -> None:

@@ -37,7 +37,7 @@ PLACES = (
     ("lorakit.storage.publish", "publish_folder publish_file", "a4"),
     ("lorakit.storage.publish", "remove_folder", "a4 b5"),
     ("lorakit.storage.publish", "sweep?", "a2 a4"),
-    ("lorakit.storage.publish", "set_aside _prepare _settle _put", "a4 a2 b5"),
+    ("lorakit.storage.publish", "set_aside _prepare _settle _put _bring_back", "a4 a2 b5"),
     ("lorakit.storage.lock", "_take", "g1"),
     ("lorakit.storage.manifest", "check_manifest?", "d1 d2"),
     ("lorakit.storage.hashing", "check_sha256?", "d3 d4"),

@@ -116,6 +116,44 @@ def test_a_folder_set_aside_takes_the_place_of_an_earlier_one(tmp_path: Path) ->
     assert version(tmp_path / ".bad-out") == "new"
 
 
+def test_two_who_replace_the_same_folder_leave_nothing_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, rename = tmp_path / "out", os.rename
+    put(target, OLD)
+
+    def beaten(source: Path, to: Path) -> None:
+        """Another process's folder comes just after this one was refused its place."""
+        if to == target and source.name.startswith(".tmp-"):
+            raise OSError(errno.EIO, "refused")
+        if to == target and source.name.startswith(".old-"):
+            target.mkdir()
+            (target / "theirs").write_bytes(b"whole")
+        rename(source, to)
+
+    monkeypatch.setattr(os, "rename", beaten)
+    with pytest.raises(RunFailed):
+        put(target)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in target.iterdir()] == ["theirs"]
+
+
+def test_the_old_does_not_return_when_the_new_was_moved_aside_by_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, sync = tmp_path / "out", publish.sync
+    put(target, OLD)
+
+    def moved(path: Path, *mode: int) -> None:
+        sync(path, *mode)
+        if path == tmp_path and target.exists():
+            target.rename(tmp_path / "new, moved aside")
+
+    monkeypatch.setattr(publish, "sync", moved)
+    put(target)
+    assert [path.name for path in tmp_path.iterdir()] == ["new, moved aside"]
+
+
 def test_a_kill_while_replacing_a_file_leaves_the_old_or_the_new(tmp_path: Path) -> None:
     target = tmp_path / "run.json"
     target.write_bytes(b"old")
