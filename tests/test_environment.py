@@ -1,7 +1,10 @@
 import os
+import subprocess
+import sys
 from itertools import chain, repeat
 
 import pytest
+import torch
 
 from lorakit import environment
 
@@ -36,6 +39,42 @@ def test_what_the_user_says_about_waiting_threads_stays(monkeypatch: pytest.Monk
         environment.quiet_libraries(offline=False)
         assert said.items() <= os.environ.items()
         assert "GOMP_SPINCOUNT" in said or "GOMP_SPINCOUNT" not in os.environ
+
+
+def test_what_the_user_says_about_kept_kernels_stays(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "environ", {"LRU_CACHE_CAPACITY": "7"})
+    environment.quiet_libraries(offline=False)
+    assert os.environ["LRU_CACHE_CAPACITY"] == "7"
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "256"
+
+
+SHAPES = """
+import sys
+from lorakit import environment
+if sys.argv[1:]:
+    environment.KERNELS = {}
+environment.quiet_libraries(offline=True)
+import torch
+from lorakit.runtime import resident_bytes
+torch.set_num_threads(1)
+x, w = torch.ones(1200, 64, dtype=torch.bfloat16), torch.ones(64, 64, dtype=torch.bfloat16)
+x[:9] @ w
+before = resident_bytes()
+for rows in range(100, 1100):
+    x[:rows] @ w
+print(resident_bytes() - before)
+"""
+
+
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN multiplies no bf16 here"
+)
+def test_memory_does_not_grow_with_the_shapes_of_a_run():
+    bounded, unbounded = (
+        int(subprocess.check_output([sys.executable, "-c", SHAPES, *more], text=True))
+        for more in ([], ["unbounded"])
+    )
+    assert 3 * bounded < unbounded
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/stat"), reason="as Linux counts")
