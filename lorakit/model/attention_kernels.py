@@ -7,7 +7,7 @@ fall into documents. What a kernel returns besides its output is kept for its ba
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import Any, Self
 
 import torch
@@ -17,6 +17,9 @@ from torch import Tensor
 # convert all they read; in fp32 those win. With AMX only in the backward pass.
 GROUPED_TOKENS, GROUPED_TOKENS_AMX = 2048, 512
 TILE = 128  # tokens, whose scores stay in a core's cache
+# Up to so many tokens documents are taken as long as the next multiple of STEP: those of about one
+# length share products, and the CPU's library keeps a kernel of 0.3 MB for each shape it has met.
+ROUNDED_TOKENS, STEP = 512, 16
 # What the variable-length kernel of GPUs takes.
 HALVES, HEAD_DIM, HEAD_STEP = (torch.float16, torch.bfloat16), 256, 8
 
@@ -27,18 +30,20 @@ class Documents:
 
     `runs` are (count, length): (2, 5), (1, 3) are two documents of 5 tokens and one of 3.
     `bounds` says where documents begin and end in all rows laid end to end, int32 (documents + 1),
-    on devices whose kernel asks for it.
+    on devices whose kernel asks for it; `sorted` is how batched products take them, where documents
+    differ.
     """
 
     runs: tuple[tuple[int, int], ...]
     bounds: Tensor | None = None
+    sorted: "Sorted | None" = None
 
     @classmethod
     def of(cls, lengths: tuple[int, ...], rows: int, device: torch.device) -> Self:
         """Describe rows that are made of documents of these lengths each."""
         runs = tuple((sum(1 for _ in run), length) for length, run in groupby(lengths))
         if device.type == "cpu":
-            return cls(runs)
+            return cls(runs, None, Sorted.of(lengths * rows) if len(runs) > 1 else None)
         ends = torch.tensor([0, *(lengths * rows)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         return cls(runs, ends.pin_memory().to(device, non_blocking=True))
 
@@ -59,6 +64,49 @@ class Documents:
         for count, length in runs if len(runs) == 1 else self.runs * rows:
             yield slice(start, start + count * length), count, length
             start += count * length
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """Documents by length, each with some more tokens at its end: those of about one length alike.
+
+    No token before them sees them, for attention is causal; what they see themselves is dropped.
+
+    Args:
+        documents: how all tokens fall into documents then.
+        sources: the token that stands at each place; behind a document its last one again.
+        added: the places that no document has.
+        places: where each token stands.
+    """
+
+    documents: Documents
+    sources: Tensor
+    added: Tensor
+    places: Tensor
+
+    @classmethod
+    def of(cls, lengths: tuple[int, ...]) -> Self:
+        """Sort documents of these lengths that lie end to end."""
+        wide = [_rounded(length) for length in lengths]
+        order = sorted(range(len(lengths)), key=wide.__getitem__)
+        starts, at = list(accumulate(lengths, initial=0)), 0
+        sources, added, places = [], [], torch.empty(starts[-1], dtype=torch.long)
+        for number in order:
+            start, length, end = starts[number], lengths[number], at + wide[number]
+            sources.append(torch.arange(start, start + wide[number]).clamp_(max=start + length - 1))
+            added.append(torch.arange(at + length, end))
+            torch.arange(at, at + length, out=places[start : start + length])
+            at = end
+        runs = tuple((sum(1 for _ in run), size) for size, run in groupby(wide[n] for n in order))
+        return cls(Documents(runs), torch.cat(sources), torch.cat(added), places)
+
+    def laid_out(self, states: Tensor) -> Tensor:
+        """Return (tokens, heads, dim) as (places, heads, dim)."""
+        return states.index_select(0, self.sources)
+
+    def taken_back(self, states: Tensor) -> Tensor:
+        """Return (places, heads, dim) as (tokens, heads, dim)."""
+        return states.index_select(0, self.places)
 
 
 def grouped(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -130,6 +178,11 @@ class OnHost:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return the output and what the backward pass needs besides it."""
+        if by_length := self._by_length(q):
+            out, sums = OnHost(by_length.documents, self.scale).forward(
+                *map(by_length.laid_out, (q, k, v))
+            )
+            return by_length.taken_back(out), sums
         out, sums = torch.empty_like(q), []
         for at, count, length in self.documents.within(len(q)):
             qs, ks, vs = (by_document(t[at], count, length) for t in (q, k, v))
@@ -147,6 +200,11 @@ class OnHost:
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *sums: Tensor
     ) -> tuple[Tensor, ...]:
         """Return the gradients of q, k and v."""
+        if by_length := self._by_length(q):
+            grad, q, k, v, out = map(by_length.laid_out, (grad, q, k, v, out))
+            grad.index_fill_(0, by_length.added, 0.0)
+            inner = OnHost(by_length.documents, self.scale)
+            return tuple(map(by_length.taken_back, inner.backward(grad, q, k, v, out, *sums)))
         grads, kept = tuple(map(torch.empty_like, (q, k, v))), iter(sums)
         for at, count, length in self.documents.within(len(q)):
             g, qs, ks, vs, o = (by_document(t[at], count, length) for t in (grad, q, k, v, out))
@@ -158,6 +216,9 @@ class OnHost:
             for whole, piece in zip(grads, pieces, strict=True):
                 by_document(whole[at], count, length).copy_(piece)
         return grads
+
+    def _by_length(self, query: Tensor) -> Sorted | None:
+        return self.documents.sorted if query.dtype is torch.bfloat16 else None
 
 
 @dataclass(frozen=True)
@@ -209,6 +270,10 @@ def kernel_for(
     dim = query.shape[-1]
     serves = query.dtype in HALVES and dim <= HEAD_DIM and dim % HEAD_STEP == 0
     return OnDevice(documents, scale, window) if serves and documents.bounds is not None else None
+
+
+def _rounded(length: int) -> int:
+    return -(-length // STEP) * STEP if length <= ROUNDED_TOKENS else length
 
 
 def by_document(states: Tensor, count: int, length: int) -> Tensor:

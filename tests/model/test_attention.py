@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lorakit.model import attention
-from lorakit.model.attention_kernels import grouped_gradients
+from lorakit.model.attention_kernels import STEP, TILE, Documents, OnHost, grouped_gradients
 from lorakit.model.checkpointing import checkpoint_layers
 from lorakit.model.families import KNOWN
 from lorakit.model.inputs import forward_inputs
@@ -173,6 +173,47 @@ def test_grouped_gradients_are_those_of_causal_attention() -> None:
     ours = grouped_gradients(grad, q.detach(), k.detach(), v.detach(), 0.3)
     for one, theirs in zip(ours, torch.autograd.grad(expected, (q, k, v), grad), strict=True):
         torch.testing.assert_close(one, theirs)
+
+
+@given(
+    st.lists(
+        st.one_of(st.integers(1, 2 * TILE + 5), st.integers(505, 520)), min_size=1, max_size=6
+    ),
+    st.integers(1, 2),
+)
+@settings(max_examples=20)
+def test_half_precision_attention_of_any_documents_is_that_of_each_alone(
+    lengths: list[int], rows: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(rows * sum(lengths), heads, 8) for heads in (4, 2, 2, 4)]
+    q, k, v, grad = (torch.randn(s, generator=generator).bfloat16() for s in shapes)
+    kernel = OnHost(Documents.of(tuple(lengths), rows, q.device), 0.3)
+    out, kept = kernel.forward(q, k, v)
+    ours = (out, *kernel.backward(grad, q, k, v, out, *kept))
+    at = 0
+    for length in lengths * rows:
+        part = slice(at, at + length)
+        alone = [s[part].float().transpose(0, 1)[None].requires_grad_() for s in (q, k, v)]
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            *alone, is_causal=True, scale=0.3, enable_gqa=True
+        )
+        grads = torch.autograd.grad(expected, alone, grad[part].float().transpose(0, 1)[None])
+        for one, theirs in zip(ours, (expected.detach(), *grads), strict=True):
+            theirs = theirs[0].transpose(0, 1)
+            error = (one[part].float() - theirs).norm() / theirs.norm().clamp(min=1)
+            assert error < 0.02
+        at += length
+
+
+def test_documents_of_about_one_length_share_a_shape() -> None:
+    lengths = tuple(range(1, 3 * STEP + 1))
+    laid = Documents.of(lengths, 1, torch.device("cpu")).sorted
+    assert laid is not None
+    assert laid.documents.runs == ((STEP, STEP), (STEP, 2 * STEP), (STEP, 3 * STEP))
+    states = torch.arange(float(sum(lengths))).view(-1, 1, 1)
+    assert torch.equal(laid.taken_back(laid.laid_out(states)), states)
+    assert Documents.of((5, 5), 3, torch.device("cpu")).sorted is None
 
 
 def test_a_family_that_is_not_verified_never_packs() -> None:
