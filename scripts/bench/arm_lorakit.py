@@ -190,7 +190,6 @@ def hottest(profiler: Any, vocabulary: int) -> list[dict[str, Any]]:
 def main() -> None:
     """Train as the job says and report the times."""
     job = read_job()
-    torch.set_float32_matmul_precision(job.get("precision", "highest"))
     switch_off(job)
     plan, runtime, clock = plan_of(job), start(), Clock(job, torch)
     profiler = None
