@@ -25,6 +25,9 @@ OVERHEAD, CONTEXT = 600 << 20, 500 << 20
 # on glibc 2.36 as `lorakit train` sets it (`processes.tunables`): 8 MiB of code, 9 of scratch, and
 # gaps of 6 to 37 %, the larger ones in bf16 and where layers are many and small.
 LIBRARIES, GAPS = 17 << 20, 0.20
+# And what oneDNN and torch keep for the shapes that they have multiplied in bf16. A step of rows of
+# one length has 54: 74 MiB on AVX512-BF16, 43 on AMX. Others add more, up to `environment.KERNELS`.
+KERNELS = 64 << 20
 # 8-bit states come in blocks with an fp32 scale each; small tensors keep fp32 states
 # (Dettmers et al. 2021, 2110.02861, as bitsandbytes has it).
 STATE_BLOCK, STATE_SMALLEST = 256, 4096
@@ -139,19 +142,20 @@ def estimate(shape: Shape, setup: Setup) -> Memory:
         "activations": activations,
         "logits": logits,
         "dequantization": buffer if setup.quantization else 0,
-        "allocator": 0 if setup.gpu else LIBRARIES + _gaps(shape, setup),
+        "allocator": 0 if setup.gpu else _beside(shape, setup),
         "overhead": CONTEXT if setup.gpu else OVERHEAD,
     }
     return Memory(parts, round(inputs) * setup.offload + states * paged)
 
 
-def _gaps(shape: Shape, setup: Setup) -> int:
-    """Return the bytes of gaps in the C library's heap.
+def _beside(shape: Shape, setup: Setup) -> int:
+    """Return the bytes that a CPU's libraries keep, and those of gaps in the C library's heap.
 
     What small objects stand in is memory that no tensor of its size fits in again, and each layer
     that is run leaves such objects: gaps follow what all layers make, whether or not they keep it.
     """
-    return round(GAPS * sum(_activations(shape, replace(setup, recomputed=0, offload=False))))
+    gaps = GAPS * sum(_activations(shape, replace(setup, recomputed=0, offload=False)))
+    return LIBRARIES + KERNELS * (shape.dtype is torch.bfloat16) + round(gaps)
 
 
 def weight_bytes(shape: Shape, how: Quantization | None) -> int:

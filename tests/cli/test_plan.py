@@ -72,6 +72,7 @@ def test_train_warns_where_the_plan_does_not_fit(
     """With the change that `plan` proposes; with --strict nothing begins."""
     monkeypatch.setattr(memory, "OVERHEAD", 0)
     monkeypatch.setattr(memory, "LIBRARIES", 0)
+    monkeypatch.setattr(memory, "KERNELS", 0)
     settings = ["-s", "train.gradient_checkpointing=false", "-s", f"output_dir={tmp_path / 'run'}"]
     settings += ["-s", "train.max_steps=1", "-s", "train.micro_batch_size=8"]
     ended = runner.invoke(app, ["plan", recipe, *settings, "--json"])

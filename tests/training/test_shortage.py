@@ -69,6 +69,7 @@ def test_the_message_says_where_and_what_would_fit(
     settings = {"micro_batch_size": 8, "save_every": 1}
     monkeypatch.setattr(memory, "OVERHEAD", 0)  # a tiny model's activations are nothing beside it
     monkeypatch.setattr(memory, "LIBRARIES", 0)
+    monkeypatch.setattr(memory, "KERNELS", 0)
     with little_memory(monkeypatch, 0, from_call=2), pytest.raises(RunFailed) as caught:
         carry_out(folder, tmp_path / "run", **settings)
     error = caught.value
@@ -99,6 +100,7 @@ def test_what_auto_chose_is_not_what_the_message_proposes(
     """`auto` would choose again what did not fit; no checkpoint is intact before there is one."""
     monkeypatch.setattr(memory, "OVERHEAD", 0)
     monkeypatch.setattr(memory, "LIBRARIES", 0)
+    monkeypatch.setattr(memory, "KERNELS", 0)
     with (
         little_memory(monkeypatch, 0, from_call=1 + steps),
         pytest.raises(RunFailed, match=f"step {1 + steps}, ") as caught,
@@ -159,7 +161,7 @@ def test_a_gpu_that_takes_more_than_expected_is_given_less(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
 ) -> None:
     """Estimate and peak are noted; the loss and the adapter stay what they are."""
-    for name in ("OVERHEAD", "LIBRARIES", "CONTEXT"):
+    for name in ("OVERHEAD", "LIBRARIES", "KERNELS", "CONTEXT"):
         monkeypatch.setattr(memory, name, 0)
     monkeypatch.setattr(Runtime, "lags", True)
     monkeypatch.setattr("lorakit.training.plan.Plan.compiled", False)
