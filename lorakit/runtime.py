@@ -103,6 +103,14 @@ class Runtime:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def to_host(self, tensor: torch.Tensor) -> "HostCopy":
+        """Begin to copy a tensor to the host, behind all that was asked of the device before."""
+        if self.device.type != "cuda":
+            return HostCopy(tensor)
+        host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        return HostCopy(host, torch.cuda.current_stream(self.device).record_event())
+
     def copy_queue(self) -> "CopyQueue | None":
         """Return a second queue of work for copies, None where the device has none."""
         return CopyQueue(self.device) if self.device.type == "cuda" else None
@@ -138,6 +146,21 @@ class Runtime:
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
         return f"cpu ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)"
+
+
+@dataclass(frozen=True)
+class HostCopy:
+    """Numbers in host memory, there since the moment `copied`; None where they always were."""
+
+    numbers: torch.Tensor
+    copied: "torch.cuda.Event | None" = None
+
+    def read(self) -> list[float]:
+        """Return the numbers, a list; wait for their copy, and for nothing asked for later."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        found: list[float] = self.numbers.tolist()
+        return found
 
 
 class CopyQueue:

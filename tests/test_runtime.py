@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,6 +53,32 @@ def test_dropout_is_a_function_of_seed_step_and_process() -> None:
     assert torch.equal(drawn(1, 5), drawn(1, 5))
     others = [drawn(1, 6), drawn(2, 5), drawn(1, 5, process=1)]
     assert not any(torch.equal(drawn(1, 5), other) for other in others)
+
+
+class OnDevice(torch.Tensor):
+    """A tensor whose values nobody may ask for: the host would wait for all work that is queued."""
+
+    def tolist(self) -> list[float]:
+        raise AssertionError("waits for the device")
+
+
+def test_the_host_waits_for_a_copy_and_not_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = torch.arange(3.0).as_subclass(OnDevice)
+    assert Runtime(CPU).to_host(torch.arange(3.0)).read() == [0, 1, 2]
+    asked: list[str] = []
+    event = SimpleNamespace(synchronize=lambda: asked.append("waited"))
+    stream = SimpleNamespace(record_event=lambda: asked.append("recorded") or event)
+
+    def empty_like(tensor: torch.Tensor, *, device: str, pin_memory: bool) -> torch.Tensor:
+        asked.append(f"{device}, pinned: {pin_memory}")
+        return torch.empty(tensor.shape)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+    copy = Runtime(torch.device("cuda")).to_host(numbers)
+    assert asked == ["cpu, pinned: True", "recorded"]
+    assert copy.read() == [0, 1, 2]
+    assert asked[2:] == ["waited"]
 
 
 def test_dtypes_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from lorakit.model.checkpointing import checkpoint_layers
 from lorakit.model.elementwise import fuse_kernels, keep_kernels_apart
 from lorakit.model.loss import take_faster
 from lorakit.processes import Stop
-from lorakit.runtime import Runtime, make_deterministic
+from lorakit.runtime import HostCopy, Runtime, make_deterministic
 from lorakit.training import checkpoint, optim, passports
 from lorakit.training.checkpoint import State
 from lorakit.training.folder import RunFolder
@@ -46,13 +46,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Pending:
-    """A step whose numbers may still be on the device."""
+    """A step whose numbers may still be on their way from the device."""
 
     step: int
     rate: float
     tokens: int
     trained_tokens: int
-    numbers: Tensor  # loss, gradient norm, 1 where either is not finite, processes asked to stop
+    numbers: HostCopy  # loss, gradient norm, 1 if either is not finite, asked to stop, loss scale
 
 
 @dataclass

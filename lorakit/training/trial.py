@@ -71,7 +71,7 @@ def _two_steps(plan: Plan, runtime: Runtime, rate: Rate, folder: RunFolder) -> T
     for index in range(STEPS):
         began = time.monotonic()
         loop.step(run, index)
-        loop.settle(run, keep=0)
+        loop.read_numbers(run, keep=0)
         seconds = time.monotonic() - began
     batches = [batch for index in range(STEPS) for batch in plan.steps.step(index)]
     tokens = max(batch.input_ids.numel() for batch in batches)

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,12 +20,12 @@ from lorakit.errors import BadInput, Interrupted, RunFailed
 from lorakit.model import weights
 from lorakit.processes import Stop
 from lorakit.recipe.reader import read
-from lorakit.runtime import Runtime
+from lorakit.runtime import HostCopy, Runtime
 from lorakit.scoring import RowScore
 from lorakit.training import folder as folders
 from lorakit.training import loop, passports
 from lorakit.training.folder import Mode
-from lorakit.training.plan import Permissions, make
+from lorakit.training.plan import Permissions, Plan, make
 from lorakit.training.progress import Reporter, StepRecord
 from lorakit.training.run import Outcome
 from tests.model.finding import find
@@ -395,6 +396,30 @@ def test_an_inexact_resume_is_told_and_written_into_the_adapter(
     assert saved.passport["resumed_inexactly"] == [
         "recipe.train.learning_rate was 0.01 and is 0.02"
     ]
+
+
+def test_on_a_gpu_the_host_waits_for_the_numbers_of_the_step_before(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is on the device is spoilt once its copy was asked for: nothing else may be read."""
+    _, expected, _ = carry_out(folder, tmp_path / "whole", max_steps=4)
+    events: list[str] = []
+
+    def to_host(_: Runtime, tensor: torch.Tensor) -> HostCopy:
+        number, copy = sum(one.startswith("copied") for one in events), tensor.clone()
+        tensor.fill_(float("nan"))
+        events.append(f"copied {number}")
+        event: Any = SimpleNamespace(synchronize=lambda: events.append(f"waited {number}"))
+        return HostCopy(copy, event)
+
+    monkeypatch.setattr(Runtime, "lags", True)
+    monkeypatch.setattr(Plan, "compiled", False)
+    monkeypatch.setattr(Runtime, "to_host", to_host)
+    _, found, _ = carry_out(folder, tmp_path / "run", max_steps=4, eval_every=4, save_every=4)
+    assert [r.loss for r in found] == pytest.approx([r.loss for r in expected], rel=1e-5)
+    assert " ".join(events) == (
+        "copied 0 copied 1 waited 0 copied 2 waited 1 copied 3 waited 2 waited 3"
+    )
 
 
 def test_as_many_steps_may_be_skipped_as_the_recipe_allows(
