@@ -115,15 +115,15 @@ def step(run: Run, index: int) -> bool:
         batches = run.plan.steps.step(index)
     if watch:
         watch.finish()
-    gradients.buffer[:-1] /= run.scale
+    gradients.buffer[:-1] /= run.scale.value
     norm = gradients.clip(settings.max_grad_norm)
     spoilt = (~(gradients.loss + norm).isfinite()).float()
     optim.take_step(run.optimizer, spoilt)
     run.method.after_step(run.model, index, total)
-    numbers = torch.stack([gradients.loss, norm, spoilt, gradients.stops, run.scale])
+    numbers = torch.stack([gradients.loss, norm, spoilt, gradients.stops, run.scale.value])
     copied = run.runtime.to_host(numbers)  # now: later it would wait behind the next step
     if run.plan.dtype is torch.float16:
-        run.scale = (run.scale * (1 - 0.5 * spoilt)).clamp(min=1.0)
+        run.scale.update(spoilt)
     gradients.zero()
     run.state.step = index + 1
     run.state.tokens += tokens
@@ -148,7 +148,7 @@ def accumulate(run: Run, index: int, batches: Sequence[Batch], trained: int) -> 
             return None
         try:
             loss = token_loss(run.model, put(batch, run.runtime.device)) / trained
-            torch.autograd.backward(loss * run.scale)
+            torch.autograd.backward(loss * run.scale.value)
         except (RuntimeError, MemoryError) as error:
             if not ran_out(error):
                 raise
@@ -156,9 +156,9 @@ def accumulate(run: Run, index: int, batches: Sequence[Batch], trained: int) -> 
                 raise in_a_batch(run, index, batch) from error
             gradients.short += 1
             return batch
-        gradients.loss += loss.detach() * run.scale
+        gradients.loss += loss.detach() * run.scale.value
     if (penalty := run.method.penalty(run.model)) is not None:
-        torch.autograd.backward(penalty * run.scale / run.runtime.processes)
+        torch.autograd.backward(penalty * run.scale.value / run.runtime.processes)
     gradients.stops += float(run.stop.requested)
     return None
 

@@ -17,15 +17,13 @@ from lorakit.model.elementwise import fuse_kernels, keep_kernels_apart
 from lorakit.model.loss import take_faster
 from lorakit.processes import Stop
 from lorakit.runtime import HostCopy, Runtime, make_deterministic
-from lorakit.training import checkpoint, optim, passports
+from lorakit.training import checkpoint, loss_scale, optim, passports
 from lorakit.training.checkpoint import State
 from lorakit.training.folder import RunFolder
 from lorakit.training.gradients import Gradients
+from lorakit.training.loss_scale import LossScale
 from lorakit.training.plan import Plan
 from lorakit.training.progress import Reporter
-
-# fp16 gradients underflow; the loss is scaled up, and the scale halves when they overflow.
-FP16_SCALE = 2.0**16
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ class Run:
     gradients: Gradients
     optimizer: torch.optim.Optimizer
     state: State = field(default_factory=State)
-    scale: Tensor = field(default_factory=lambda: torch.ones(()))
+    scale: LossScale = field(default_factory=lambda: LossScale(torch.device("cpu")))
     pending: list[Pending] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
     first_token: int = 0
@@ -111,13 +109,13 @@ def prepare(plan: Plan, runtime: Runtime, folder: RunFolder, reporter: Reporter,
         # in the memory that it frees, and the next could not have it in one piece.
         optim.take_step(optimizer, torch.ones(()))
     run = Run(plan, runtime, folder, reporter, stop, model, method, named, gradients, optimizer)
-    run.scale = torch.tensor(
-        FP16_SCALE if plan.dtype is torch.float16 else 1.0, device=runtime.device
-    )
+    fp16 = plan.dtype is torch.float16
+    run.scale = LossScale(runtime.device, loss_scale.LARGEST if fp16 else 1.0)
     if resume:
         run.state, run.first_token = resume.state, resume.state.tokens
         run.state.inexact += folder.changes
-        run.scale.fill_(resume.state.loss_scale)
+        state = resume.state
+        run.scale = LossScale(runtime.device, state.loss_scale, state.finite_steps)
         method.load_state(resume.state.method)
         optim.load_state_tensors(optimizer, named, resume.optimizer_tensors())
     return run
@@ -144,7 +142,8 @@ def choose_kernels(plan: Plan, runtime: Runtime, reporter: Reporter) -> None:
 def save(run: Run) -> None:
     """Write a checkpoint of the step just done, then let old ones go."""
     run.state.method = run.method.state()
-    run.state.loss_scale = run.scale.item()
+    run.state.loss_scale = run.scale.value.item()
+    run.state.finite_steps = int(run.scale.finite_steps)
     if run.runtime.is_main:
         checkpoint.check_finite(run.named, run.state.step, run.folder.checkpoints)
         run.folder.settle()

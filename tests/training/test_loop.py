@@ -23,7 +23,7 @@ from lorakit.recipe.reader import read
 from lorakit.runtime import HostCopy, Runtime
 from lorakit.scoring import RowScore
 from lorakit.training import folder as folders
-from lorakit.training import loop, passports
+from lorakit.training import loop, loss_scale, passports
 from lorakit.training.folder import Mode
 from lorakit.training.plan import Permissions, Plan, make
 from lorakit.training.progress import Reporter, StepRecord
@@ -420,6 +420,40 @@ def test_on_a_gpu_the_host_waits_for_the_numbers_of_the_step_before(
     assert " ".join(events) == (
         "copied 0 copied 1 waited 0 copied 2 waited 1 copied 3 waited 2 waited 3"
     )
+
+
+def test_a_resumed_run_doubles_its_loss_scale_at_the_same_step(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss_scale, "DOUBLES_AFTER", 3)
+    fp16 = {"model": {"dtype": "fp16"}, "save_every": 1, "keep_checkpoints": 6}
+    real, calls = loop.token_loss, 0
+
+    def token_loss(model: Any, batch: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        loss = real(model, batch)
+        if calls == 2:  # the second step's gradients, not its loss
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss
+
+    monkeypatch.setattr(loop, "token_loss", token_loss)
+    _, records, whole = carry_out(folder, tmp_path / "whole", **fp16)
+    calls = 0
+    with pytest.raises(Interrupted, match="step 4"):
+        carry_out(folder, tmp_path / "cut", stop_after=4, **fp16)
+    _, _, resumed = carry_out(folder, tmp_path / "cut", "resume", **fp16)
+    assert [record.step for record in records] == [1, 3, 4, 5, 6]
+
+    def scales(run: str) -> list[tuple[float, int]]:
+        files = sorted((tmp_path / run / "checkpoints").glob("*/state.json"))
+        states = [json.loads(file.read_text())["state"] for file in files]
+        return [(state["loss_scale"], state["finite_steps"]) for state in states]
+
+    most, half = loss_scale.LARGEST, loss_scale.LARGEST / 2
+    found = [(most, 1), (half, 0), (half, 1), (half, 2), (most, 0), (most, 1)]
+    assert scales("whole") == scales("cut") == found
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def test_as_many_steps_may_be_skipped_as_the_recipe_allows(
