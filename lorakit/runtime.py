@@ -74,11 +74,19 @@ class Runtime:
                 self.wait()
 
     def peak_bytes(self) -> int:
-        """Return the most memory in use so far: of the GPU's allocator, or resident on a CPU."""
+        """Return the most memory in use so far: of the GPU's allocator, or resident on a CPU.
+
+        On a GPU that is since `reset_peak`.
+        """
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         # The kernel brings its highest mark up to date now and then only.
         return max(highest_bytes(), resident_bytes())
+
+    def reset_peak(self) -> None:
+        """Let the peak of a GPU be that of what comes now; a CPU's mark is the process's own."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def used_bytes(self) -> int:
         """Return the memory in use now: of the GPU's allocator, or resident on a CPU."""

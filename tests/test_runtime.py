@@ -31,6 +31,15 @@ def test_one_process_is_the_sum_of_itself() -> None:
     assert 0 < alone.free_bytes() == pytest.approx(available_bytes(), rel=0.2)
 
 
+def test_a_gpus_peak_can_be_measured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", asked.append)
+    Runtime(CPU).reset_peak()
+    assert not asked
+    Runtime(torch.device("cuda", 0)).reset_peak()
+    assert asked == [torch.device("cuda", 0)]
+
+
 def test_the_main_process_goes_first_whatever_becomes_of_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

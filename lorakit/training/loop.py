@@ -199,7 +199,7 @@ def read_numbers(run: Run, keep: int) -> bool:
                 trained_tokens=pending.trained_tokens,
                 tokens_per_second=(pending.tokens - run.first_token) / seconds,
                 mem_used=run.runtime.used_bytes(),
-                mem_peak=run.runtime.peak_bytes(),
+                mem_peak=run.peak_bytes(),
             )
         )
     # Alone, the process need not wait for its own vote; several stop only together.

@@ -72,6 +72,16 @@ class Run:
     pending: list[Pending] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
     first_token: int = 0
+    earlier_peak: int = 0
+
+    def peak_bytes(self) -> int:
+        """Return the most memory in use since the process began."""
+        return max(self.earlier_peak, self.runtime.peak_bytes())
+
+    def reset_peak(self) -> None:
+        """Let the runtime's peak be that of what comes now; the run's own stays what it was."""
+        self.earlier_peak = self.peak_bytes()
+        self.runtime.reset_peak()
 
 
 def prepare(plan: Plan, runtime: Runtime, folder: RunFolder, reporter: Reporter, stop: Stop) -> Run:
@@ -179,6 +189,6 @@ def outcome(run: Run) -> Outcome:
         tokens=state.tokens,
         trained_tokens=state.trained_tokens,
         tokens_per_second=(state.tokens - run.first_token) / seconds,
-        peak_memory_bytes=run.runtime.peak_bytes(),
+        peak_memory_bytes=run.peak_bytes(),
         wall_seconds=seconds,
     )

@@ -68,6 +68,7 @@ def _two_steps(plan: Plan, runtime: Runtime, rate: Rate, folder: RunFolder) -> T
     choose_kernels(plan, runtime, silent)  # a compiler's memory is no tensor's
     before = runtime.used_bytes()
     run = prepare(plan, runtime, folder, silent, Stop())
+    run.reset_peak()  # loading may take more than a step, of which the estimate is
     for index in range(STEPS):
         began = time.monotonic()
         loop.step(run, index)
