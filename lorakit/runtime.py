@@ -24,6 +24,9 @@ from lorakit.errors import BadInput, EnvironmentLacks, RunFailed
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Of <malloc.h>: sizes from which memory is mapped apart, and from which it is given back.
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
+# The workspaces with which cuBLAS gives equal bits. torch itself takes as much on a Hopper GPU and
+# 24 MiB less on older ones.
+WORKSPACES = (":4096:8", ":16:8")
 # A collective that takes longer means that another process hangs.
 PATIENCE = timedelta(minutes=30)
 
@@ -209,6 +212,7 @@ def start() -> Runtime:
     if not environment.variable("OMP_NUM_THREADS"):
         torch.set_num_threads(max(1, usable_cores() // processes))
     _keep_freed_memory()
+    _take_equal_workspaces()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
@@ -318,8 +322,18 @@ def _driver() -> str | None:
 
 def make_deterministic() -> None:
     """Ask every kernel for bit-equal results; kernels that have none raise."""
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    _take_equal_workspaces()
     torch.use_deterministic_algorithms(True)
+
+
+def _take_equal_workspaces() -> None:
+    """Let cuBLAS give equal bits, unless a user's own setting does so already.
+
+    torch reads it at the first product, such as that which `plan` times, and remembers: set after
+    that, deterministic products are refused.
+    """
+    if environment.variable("CUBLAS_WORKSPACE_CONFIG") not in WORKSPACES:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = WORKSPACES[0]
 
 
 def _keep_freed_memory() -> None:

@@ -16,6 +16,7 @@ from lorakit.runtime import (
     highest_bytes,
     resident_bytes,
     resolve_dtype,
+    start,
     usable_cores,
 )
 
@@ -102,6 +103,18 @@ def test_dtypes_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_dtype("auto", torch.device("cuda")) is torch.float16
     with pytest.raises(EnvironmentLacks, match=r"Tesla T4 \(sm_75\) has no native bf16"):
         resolve_dtype("bf16", torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("said", "taken"), [(None, ":4096:8"), (":0:0", ":4096:8"), (":16:8", ":16:8")]
+)
+def test_products_can_have_equal_bits_from_the_first_one_on(
+    monkeypatch: pytest.MonkeyPatch, said: str | None, taken: str
+) -> None:
+    others = {k: v for k, v in os.environ.items() if k != "CUBLAS_WORKSPACE_CONFIG"}
+    monkeypatch.setattr(os, "environ", others | ({"CUBLAS_WORKSPACE_CONFIG": said} if said else {}))
+    start()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == taken
 
 
 def test_cores_are_those_this_process_may_use() -> None:
