@@ -44,8 +44,8 @@ class Runtime:
         return self.process == 0
 
     @property
-    def lags(self) -> bool:
-        """Tell whether reading a number from the device would make the host wait for it."""
+    def is_gpu(self) -> bool:
+        """Tell whether a GPU computes; reading a number from it makes the host wait."""
         return self.device.type != "cpu"
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:

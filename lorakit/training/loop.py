@@ -68,7 +68,7 @@ def carry_out(run: Run) -> None:
             evaluates = last or due(done, settings.eval_every, steps.per_epoch)
             run.state.owes_evaluation = evaluates and bool(plan.dataset.eval)
             saves = last or due(done, settings.save_every, steps.per_epoch)
-            reads = saves or run.state.owes_evaluation or not run.runtime.lags
+            reads = saves or run.state.owes_evaluation or not run.runtime.is_gpu
             stopping = read_numbers(run, keep=0 if reads else 1)
             conclude(run, saves=saves, stopping=stopping)
 

@@ -104,7 +104,7 @@ def prepare(plan: Plan, runtime: Runtime, folder: RunFolder, reporter: Reporter,
         method = plan.method
         adapters.attach(method, model, sites, seed=plan.recipe.seed)
         method.start(model, sites, plan.steps.step(0, whole=True))
-    if runtime.lags and not settings.deterministic:  # a resume may find the other one faster
+    if runtime.is_gpu and not settings.deterministic:  # a resume may find the other one faster
         trained = max(1, int(plan.setup.tokens * plan.setup.share))
         folder.note(loss=take_faster(model, trained))
     queue = runtime.copy_queue() if plan.setup.offload else None
@@ -114,7 +114,7 @@ def prepare(plan: Plan, runtime: Runtime, folder: RunFolder, reporter: Reporter,
     groups = method.param_groups(model, settings.learning_rate)
     optimizer = optim.build(settings, groups, plan.setup.optimizer, runtime.free_bytes())
     gradients = Gradients(named)
-    if not runtime.lags:
+    if not runtime.is_gpu:
         # A step that changes nothing makes the states: behind a real one they would lie scattered
         # in the memory that it frees, and the next could not have it in one piece.
         optim.take_step(optimizer, torch.ones(()))

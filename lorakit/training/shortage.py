@@ -70,7 +70,7 @@ def probe(run: Run) -> None:
         RunFailed: when the least that was ours to choose is too much.
     """
     chosen = run.plan.steps.by_tokens or _chooses_layers(run.plan)
-    if not (run.runtime.lags and chosen) or run.folder.resume:
+    if not (run.runtime.is_gpu and chosen) or run.folder.resume:
         return
     while True:
         batch = run.plan.steps.largest()

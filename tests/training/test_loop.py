@@ -412,7 +412,7 @@ def test_on_a_gpu_the_host_waits_for_the_numbers_of_the_step_before(
         event: Any = SimpleNamespace(synchronize=lambda: events.append(f"waited {number}"))
         return HostCopy(copy, event)
 
-    monkeypatch.setattr(Runtime, "lags", True)
+    monkeypatch.setattr(Runtime, "is_gpu", True)
     monkeypatch.setattr(Plan, "compiled", False)
     monkeypatch.setattr(Runtime, "to_host", to_host)
     _, found, _ = carry_out(folder, tmp_path / "run", max_steps=4, eval_every=4, save_every=4)

@@ -136,7 +136,7 @@ def test_a_gpu_is_tried_before_the_first_step(
 ) -> None:
     """A CPU that says of itself what a GPU does; nothing of the trial may be left in the run."""
     _, records, expected = carry_out(folder, tmp_path / "whole")
-    monkeypatch.setattr(Runtime, "lags", True)
+    monkeypatch.setattr(Runtime, "is_gpu", True)
     monkeypatch.setattr("lorakit.training.plan.Plan.compiled", False)
     real = shortage.token_loss
 
@@ -172,7 +172,7 @@ def needs_recomputed(patch: pytest.MonkeyPatch, layers: int, rows: int) -> Itera
         return loss
 
     with patch.context() as inside:
-        inside.setattr(Runtime, "lags", True)
+        inside.setattr(Runtime, "is_gpu", True)
         inside.setattr("lorakit.training.plan.Plan.compiled", False)
         inside.setattr(shortage, "token_loss", limited)
         yield tries
@@ -239,7 +239,7 @@ def test_the_peak_of_a_try_is_its_own_and_that_of_the_run_the_highest(
         nonlocal mark
         mark = 0
 
-    monkeypatch.setattr(Runtime, "lags", True)
+    monkeypatch.setattr(Runtime, "is_gpu", True)
     monkeypatch.setattr("lorakit.training.plan.Plan.compiled", False)
     monkeypatch.setattr(Runtime, "peak_bytes", lambda _: mark)
     monkeypatch.setattr(Runtime, "reset_peak", reset_peak)
@@ -265,7 +265,7 @@ def test_a_gpu_that_takes_more_than_expected_is_given_less(
     """
     for name in ("OVERHEAD", "LIBRARIES", "CONTEXT"):
         monkeypatch.setattr(memory, name, 0)
-    monkeypatch.setattr(Runtime, "lags", True)
+    monkeypatch.setattr(Runtime, "is_gpu", True)
     monkeypatch.setattr("lorakit.training.plan.Plan.compiled", False)
     _, records, expected = carry_out(folder, tmp_path / "whole", **settings)
     probe = facts(tmp_path / "whole")["probe"]
