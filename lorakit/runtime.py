@@ -7,7 +7,6 @@ the path of eight: a sum over one process is the value itself.
 import ctypes
 import os
 import re
-import resource
 import subprocess
 import time
 from collections.abc import Iterator
@@ -20,10 +19,14 @@ import torch.distributed
 
 from lorakit import environment
 from lorakit.errors import BadInput, EnvironmentLacks, RunFailed
+from lorakit.host import available_bytes, highest_bytes, resident_bytes, usable_cores
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Of <malloc.h>: sizes from which memory is mapped apart, and from which it is given back.
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
+# The workspaces with which cuBLAS gives equal bits. torch itself takes as much on a Hopper GPU and
+# 24 MiB less on older ones.
+WORKSPACES = (":4096:8", ":16:8")
 # A collective that takes longer means that another process hangs.
 PATIENCE = timedelta(minutes=30)
 
@@ -41,8 +44,8 @@ class Runtime:
         return self.process == 0
 
     @property
-    def lags(self) -> bool:
-        """Tell whether reading a number from the device would make the host wait for it."""
+    def is_gpu(self) -> bool:
+        """Tell whether a GPU computes; reading a number from it makes the host wait."""
         return self.device.type != "cpu"
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -74,11 +77,18 @@ class Runtime:
                 self.wait()
 
     def peak_bytes(self) -> int:
-        """Return the most memory in use so far: of the GPU's allocator, or resident on a CPU."""
+        """Return the most memory in use so far: of the GPU's allocator, or resident on a CPU.
+
+        On a GPU that is since `reset_peak`.
+        """
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        # The kernel brings its highest mark up to date now and then only.
-        return max(highest_bytes(), resident_bytes())
+        return highest_bytes()
+
+    def reset_peak(self) -> None:
+        """Let the peak of a GPU be that of what comes now; a CPU's mark is the process's own."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def used_bytes(self) -> int:
         """Return the memory in use now: of the GPU's allocator, or resident on a CPU."""
@@ -102,6 +112,14 @@ class Runtime:
         """Give back what the allocator of a GPU keeps of freed memory."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def to_host(self, tensor: torch.Tensor) -> "HostCopy":
+        """Begin to copy a tensor to the host, behind all that was asked of the device before."""
+        if self.device.type != "cuda":
+            return HostCopy(tensor)
+        host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        return HostCopy(host, torch.cuda.current_stream(self.device).record_event())
 
     def copy_queue(self) -> "CopyQueue | None":
         """Return a second queue of work for copies, None where the device has none."""
@@ -138,6 +156,21 @@ class Runtime:
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
         return f"cpu ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)"
+
+
+@dataclass(frozen=True)
+class HostCopy:
+    """Numbers in host memory, there since the moment `copied`; None where they always were."""
+
+    numbers: torch.Tensor
+    copied: "torch.cuda.Event | None" = None
+
+    def read(self) -> list[float]:
+        """Return the numbers, a list; wait for their copy, and for nothing asked for later."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        found: list[float] = self.numbers.tolist()
+        return found
 
 
 class CopyQueue:
@@ -178,6 +211,7 @@ def start() -> Runtime:
     if not environment.variable("OMP_NUM_THREADS"):
         torch.set_num_threads(max(1, usable_cores() // processes))
     _keep_freed_memory()
+    _take_equal_workspaces()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
@@ -287,8 +321,18 @@ def _driver() -> str | None:
 
 def make_deterministic() -> None:
     """Ask every kernel for bit-equal results; kernels that have none raise."""
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    _take_equal_workspaces()
     torch.use_deterministic_algorithms(True)
+
+
+def _take_equal_workspaces() -> None:
+    """Let cuBLAS give equal bits, unless a user's own setting does so already.
+
+    torch reads it at the first product, such as that which `plan` times, and remembers: set after
+    that, deterministic products are refused.
+    """
+    if environment.variable("CUBLAS_WORKSPACE_CONFIG") not in WORKSPACES:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = WORKSPACES[0]
 
 
 def _keep_freed_memory() -> None:
@@ -301,55 +345,3 @@ def _keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 32 << 20)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may use: affinity and control-group quota."""
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    try:
-        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
-            quota, period = file.read().split()
-        return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):
-        return cores
-
-
-def resident_bytes() -> int:
-    """Return this process's resident memory."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def highest_bytes() -> int:
-    """Return the most resident memory that this process has had.
-
-    Not `ru_maxrss`, in which a process inherits what its parent had.
-    """
-    try:
-        with open("/proc/self/status", encoding="ascii") as file:
-            rows = dict(line.split(":", 1) for line in file)
-        return int(rows["VmHWM"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def available_bytes() -> int:
-    """Return the host memory that can still be had, within the control group's limit."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            rows = dict(line.split(":", 1) for line in file)
-        free = int(rows["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    try:
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit_file:
-            limit = limit_file.read().strip()
-        with open("/sys/fs/cgroup/memory.current", encoding="ascii") as used_file:
-            return free if limit == "max" else min(free, int(limit) - int(used_file.read()))
-    except (OSError, ValueError):
-        return free

@@ -17,7 +17,7 @@ from tests.source_tree import EXTRAS, METHODS, MODULES, ROOT, Module, declared, 
 # A module imports lorakit modules of its own room and of the rows above its own, no others.
 ROWS = (
     ("errors",),
-    ("environment",),
+    ("environment", "host"),
     ("storage",),
     ("recipe",),
     ("runtime", "processes", "threads"),

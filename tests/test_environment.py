@@ -55,7 +55,7 @@ if sys.argv[1:]:
     environment.KERNELS = {}
 environment.quiet_libraries(offline=True)
 import torch
-from lorakit.runtime import resident_bytes
+from lorakit.host import resident_bytes
 torch.set_num_threads(1)
 x, w = torch.ones(1200, 64, dtype=torch.bfloat16), torch.ones(64, 64, dtype=torch.bfloat16)
 x[:9] @ w

@@ -42,8 +42,9 @@ def doctor(
 
     from lorakit.cli import conflicts
     from lorakit.data.cache import entries
+    from lorakit.host import available_bytes, usable_cores
     from lorakit.model.hub import has_token
-    from lorakit.runtime import available_bytes, best_dtype, gpu, start, usable_cores
+    from lorakit.runtime import best_dtype, gpu, start
 
     runtime = start()
     cache = environment.cache_folder()

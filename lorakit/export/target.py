@@ -10,13 +10,14 @@ import torch
 from lorakit.adapters import Saved
 from lorakit.errors import BadInput, RunFailed
 from lorakit.export.logits import GIB
+from lorakit.host import available_bytes
 from lorakit.model.base import Base, skeleton
 from lorakit.model.dequantised import dequantised
 from lorakit.model.quantized import Quantization
 from lorakit.model.quantizer import quantizable
 from lorakit.model.weights import Weights
 from lorakit.recipe.sections import BaseWeights
-from lorakit.runtime import DTYPES, available_bytes
+from lorakit.runtime import DTYPES
 
 
 def trained_on(saved: Saved, base: Base) -> Quantization | None:

@@ -21,12 +21,12 @@ from lorakit.storage.manifest import check_manifest, write_manifest
 from lorakit.storage.publish import publish_folder, remove_folder, set_aside
 from lorakit.storage.redact import printable
 from lorakit.storage.tensors import TensorFile, write_tensors
+from lorakit.training import loss_scale
 
 NAME = re.compile(r"step-(\d{6,})")
 OPTIMIZER = "optimizer.safetensors"
 SCHEMA = 1
 _HELD = re.compile(r"recipe\.(adapter\.|train\.optimizer$)")  # keys whose tensors it holds
-LARGEST_SCALE = 2.0**64  # of a loss in fp16, which overflows long before
 NOT_FINITE = "lower train.learning_rate, or set model.dtype to bf16 or fp32"
 
 
@@ -36,6 +36,7 @@ class State:
 
     `inexact`: what was not as it had been when the run went on.
     `owes_evaluation`: a signal came before the evaluation of this step had ended.
+    `finite_steps`: in a row, since the loss scale last changed.
     """
 
     step: int = 0
@@ -48,6 +49,7 @@ class State:
     inexact: list[str] = field(default_factory=list)
     owes_evaluation: bool = False
     loss_scale: float = 1.0
+    finite_steps: int = 0
     method: dict[str, Any] = field(default_factory=dict)
 
 
@@ -305,8 +307,10 @@ def _open(folder: Path) -> Checkpoint:
             state[key], get_origin(kind) if get_origin(kind) in (dict, list) else kind
         ):
             raise _not_ours(folder, f"state.{key} is {printable(repr(state[key]))}")
-    if not 0 < state["loss_scale"] <= LARGEST_SCALE:
+    if not 0 < state["loss_scale"] <= loss_scale.LARGEST:
         raise _not_ours(folder, f"state.loss_scale is {state['loss_scale']}")
+    if not 0 <= state["finite_steps"] < loss_scale.DOUBLES_AFTER:
+        raise _not_ours(folder, f"state.finite_steps is {state['finite_steps']}")
     return Checkpoint(folder, State(**state), pinned)
 
 

@@ -68,8 +68,8 @@ def carry_out(run: Run) -> None:
             evaluates = last or due(done, settings.eval_every, steps.per_epoch)
             run.state.owes_evaluation = evaluates and bool(plan.dataset.eval)
             saves = last or due(done, settings.save_every, steps.per_epoch)
-            reads = saves or run.state.owes_evaluation or not run.runtime.lags
-            stopping = settle(run, keep=0 if reads else 1)
+            reads = saves or run.state.owes_evaluation or not run.runtime.is_gpu
+            stopping = read_numbers(run, keep=0 if reads else 1)
             conclude(run, saves=saves, stopping=stopping)
 
 
@@ -84,7 +84,7 @@ def conclude(run: Run, *, saves: bool, stopping: bool) -> None:
     # An evaluation that a signal cut short is taken again on resume.
     stopping = stopping or state.owes_evaluation
     if stopping:
-        settle(run, keep=0)
+        read_numbers(run, keep=0)
     if saves or best or stopping:
         save(run)
     if stopping and (state.owes_evaluation or state.step < run.plan.steps.total):
@@ -92,7 +92,7 @@ def conclude(run: Run, *, saves: bool, stopping: bool) -> None:
 
 
 def step(run: Run, index: int) -> bool:
-    """Take optimizer step `index`; its numbers stay on the device, in `run.pending`.
+    """Take optimizer step `index`; its numbers are on their way to the host, in `run.pending`.
 
     Returns:
         Whether it was taken: a step that cannot end before the process must is dropped, in every
@@ -115,19 +115,20 @@ def step(run: Run, index: int) -> bool:
         batches = run.plan.steps.step(index)
     if watch:
         watch.finish()
-    gradients.buffer[:-1] /= run.scale
+    gradients.buffer[:-1] /= run.scale.value
     norm = gradients.clip(settings.max_grad_norm)
     spoilt = (~(gradients.loss + norm).isfinite()).float()
     optim.take_step(run.optimizer, spoilt)
     run.method.after_step(run.model, index, total)
-    numbers = torch.stack([gradients.loss, norm, spoilt, gradients.stops])
+    numbers = torch.stack([gradients.loss, norm, spoilt, gradients.stops, run.scale.value])
+    copied = run.runtime.to_host(numbers)  # now: later it would wait behind the next step
     if run.plan.dtype is torch.float16:
-        run.scale = (run.scale * (1 - 0.5 * spoilt)).clamp(min=1.0)
+        run.scale.update(spoilt)
     gradients.zero()
     run.state.step = index + 1
     run.state.tokens += tokens
     run.state.trained_tokens += trained
-    run.pending.append(Pending(index, rate, run.state.tokens, run.state.trained_tokens, numbers))
+    run.pending.append(Pending(index, rate, run.state.tokens, run.state.trained_tokens, copied))
     return True
 
 
@@ -147,7 +148,7 @@ def accumulate(run: Run, index: int, batches: Sequence[Batch], trained: int) -> 
             return None
         try:
             loss = token_loss(run.model, put(batch, run.runtime.device)) / trained
-            torch.autograd.backward(loss * run.scale)
+            torch.autograd.backward(loss * run.scale.value)
         except (RuntimeError, MemoryError) as error:
             if not ran_out(error):
                 raise
@@ -155,9 +156,9 @@ def accumulate(run: Run, index: int, batches: Sequence[Batch], trained: int) -> 
                 raise in_a_batch(run, index, batch) from error
             gradients.short += 1
             return batch
-        gradients.loss += loss.detach() * run.scale
+        gradients.loss += loss.detach() * run.scale.value
     if (penalty := run.method.penalty(run.model)) is not None:
-        torch.autograd.backward(penalty * run.scale / run.runtime.processes)
+        torch.autograd.backward(penalty * run.scale.value / run.runtime.processes)
     gradients.stops += float(run.stop.requested)
     return None
 
@@ -171,7 +172,7 @@ def is_dropped(run: Run) -> bool:
     return possible and bool(run.gradients.dropped)
 
 
-def settle(run: Run, keep: int) -> bool:
+def read_numbers(run: Run, keep: int) -> bool:
     """Read the numbers of all but the newest `keep` steps; tell whether somebody asks to stop.
 
     Raises:
@@ -180,10 +181,10 @@ def settle(run: Run, keep: int) -> bool:
     asked = False
     while len(run.pending) > keep:
         pending = run.pending.pop(0)
-        loss, norm, spoilt, stops = pending.numbers.tolist()
+        loss, norm, spoilt, stops, scale = pending.numbers.read()
         asked |= stops > 0
         if spoilt:
-            skip(run, pending.step, loss, norm)
+            skip(run, pending.step, loss, norm, scale)
             continue
         run.state.loss = loss
         seconds = time.monotonic() - run.began
@@ -198,21 +199,21 @@ def settle(run: Run, keep: int) -> bool:
                 trained_tokens=pending.trained_tokens,
                 tokens_per_second=(pending.tokens - run.first_token) / seconds,
                 mem_used=run.runtime.used_bytes(),
-                mem_peak=run.runtime.peak_bytes(),
+                mem_peak=run.peak_bytes(),
             )
         )
     # Alone, the process need not wait for its own vote; several stop only together.
     return asked or (run.runtime.processes == 1 and run.stop.requested)
 
 
-def skip(run: Run, index: int, loss: float, norm: float) -> None:
+def skip(run: Run, index: int, loss: float, norm: float, scale: float) -> None:
     """Say that a step changed nothing because its loss or gradient was not finite; count it.
 
     Raises:
         RunFailed: when there are more of them than `train.on_non_finite` allows. Where fp16
             gradients overflowed, the smaller loss scale is tried first.
     """
-    overflowed = math.isfinite(loss) and run.scale.item() > 1 and run.plan.dtype is torch.float16
+    overflowed = math.isfinite(loss) and scale > 1 and run.plan.dtype is torch.float16
     run.state.skipped += not overflowed
     allowed = run.plan.recipe.train.on_non_finite
     if overflowed or (isinstance(allowed, Skip) and run.state.skipped <= allowed.skip):

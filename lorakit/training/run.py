@@ -16,16 +16,14 @@ from lorakit.model.checkpointing import checkpoint_layers
 from lorakit.model.elementwise import fuse_kernels, keep_kernels_apart
 from lorakit.model.loss import take_faster
 from lorakit.processes import Stop
-from lorakit.runtime import Runtime, make_deterministic
-from lorakit.training import checkpoint, optim, passports
+from lorakit.runtime import HostCopy, Runtime, make_deterministic
+from lorakit.training import checkpoint, loss_scale, optim, passports
 from lorakit.training.checkpoint import State
 from lorakit.training.folder import RunFolder
 from lorakit.training.gradients import Gradients
+from lorakit.training.loss_scale import LossScale
 from lorakit.training.plan import Plan
 from lorakit.training.progress import Reporter
-
-# fp16 gradients underflow; the loss is scaled up, and the scale halves when they overflow.
-FP16_SCALE = 2.0**16
 
 
 @dataclass(frozen=True)
@@ -46,13 +44,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Pending:
-    """A step whose numbers may still be on the device."""
+    """A step whose numbers may still be on their way from the device."""
 
     step: int
     rate: float
     tokens: int
     trained_tokens: int
-    numbers: Tensor  # loss, gradient norm, 1 where either is not finite, processes asked to stop
+    numbers: HostCopy  # loss, gradient norm, 1 if either is not finite, asked to stop, loss scale
 
 
 @dataclass
@@ -70,10 +68,20 @@ class Run:
     gradients: Gradients
     optimizer: torch.optim.Optimizer
     state: State = field(default_factory=State)
-    scale: Tensor = field(default_factory=lambda: torch.ones(()))
+    scale: LossScale = field(default_factory=lambda: LossScale(torch.device("cpu")))
     pending: list[Pending] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
     first_token: int = 0
+    earlier_peak: int = 0
+
+    def peak_bytes(self) -> int:
+        """Return the most memory in use since the process began."""
+        return max(self.earlier_peak, self.runtime.peak_bytes())
+
+    def reset_peak(self) -> None:
+        """Let the runtime's peak be that of what comes now; the run's own stays what it was."""
+        self.earlier_peak = self.peak_bytes()
+        self.runtime.reset_peak()
 
 
 def prepare(plan: Plan, runtime: Runtime, folder: RunFolder, reporter: Reporter, stop: Stop) -> Run:
@@ -96,7 +104,7 @@ def prepare(plan: Plan, runtime: Runtime, folder: RunFolder, reporter: Reporter,
         method = plan.method
         adapters.attach(method, model, sites, seed=plan.recipe.seed)
         method.start(model, sites, plan.steps.step(0, whole=True))
-    if runtime.lags and not settings.deterministic:  # a resume may find the other one faster
+    if runtime.is_gpu and not settings.deterministic:  # a resume may find the other one faster
         trained = max(1, int(plan.setup.tokens * plan.setup.share))
         folder.note(loss=take_faster(model, trained))
     queue = runtime.copy_queue() if plan.setup.offload else None
@@ -106,18 +114,18 @@ def prepare(plan: Plan, runtime: Runtime, folder: RunFolder, reporter: Reporter,
     groups = method.param_groups(model, settings.learning_rate)
     optimizer = optim.build(settings, groups, plan.setup.optimizer, runtime.free_bytes())
     gradients = Gradients(named)
-    if not runtime.lags:
+    if not runtime.is_gpu:
         # A step that changes nothing makes the states: behind a real one they would lie scattered
         # in the memory that it frees, and the next could not have it in one piece.
         optim.take_step(optimizer, torch.ones(()))
     run = Run(plan, runtime, folder, reporter, stop, model, method, named, gradients, optimizer)
-    run.scale = torch.tensor(
-        FP16_SCALE if plan.dtype is torch.float16 else 1.0, device=runtime.device
-    )
+    fp16 = plan.dtype is torch.float16
+    run.scale = LossScale(runtime.device, loss_scale.LARGEST if fp16 else 1.0)
     if resume:
         run.state, run.first_token = resume.state, resume.state.tokens
         run.state.inexact += folder.changes
-        run.scale.fill_(resume.state.loss_scale)
+        state = resume.state
+        run.scale = LossScale(runtime.device, state.loss_scale, state.finite_steps)
         method.load_state(resume.state.method)
         optim.load_state_tensors(optimizer, named, resume.optimizer_tensors())
     return run
@@ -144,7 +152,8 @@ def choose_kernels(plan: Plan, runtime: Runtime, reporter: Reporter) -> None:
 def save(run: Run) -> None:
     """Write a checkpoint of the step just done, then let old ones go."""
     run.state.method = run.method.state()
-    run.state.loss_scale = run.scale.item()
+    run.state.loss_scale = run.scale.value.item()
+    run.state.finite_steps = int(run.scale.finite_steps)
     if run.runtime.is_main:
         checkpoint.check_finite(run.named, run.state.step, run.folder.checkpoints)
         run.folder.settle()
@@ -180,6 +189,6 @@ def outcome(run: Run) -> Outcome:
         tokens=state.tokens,
         trained_tokens=state.trained_tokens,
         tokens_per_second=(state.tokens - run.first_token) / seconds,
-        peak_memory_bytes=run.runtime.peak_bytes(),
+        peak_memory_bytes=run.peak_bytes(),
         wall_seconds=seconds,
     )

@@ -60,19 +60,21 @@ def out_of_memory(plan: Plan, folder: RunFolder, what: str) -> RunFailed:
 
 
 def probe(run: Run) -> None:
-    """Try the largest micro-batch on a GPU before the first step, where its size was our choice.
+    """Try the largest micro-batch on a GPU before the first step, where we chose how it is run.
 
-    Halves it until it fits, and keeps nothing: gradients are zero again, and each step seeds its
-    own generators. What the optimizer will need is held meanwhile. Then the choice is corrected by
-    what was measured.
+    Makes do with less until it fits, and keeps nothing: gradients are zero again, and each step
+    seeds its own generators. What the optimizer will need is held meanwhile. Then the choice is
+    corrected by what was measured.
 
     Raises:
-        RunFailed: when a single row is too much.
+        RunFailed: when the least that was ours to choose is too much.
     """
-    if not (run.runtime.lags and run.plan.steps.by_tokens) or run.folder.resume:
+    chosen = run.plan.steps.by_tokens or _chooses_layers(run.plan)
+    if not (run.runtime.is_gpu and chosen) or run.folder.resume:
         return
     while True:
         batch = run.plan.steps.largest()
+        run.reset_peak()  # what a larger one took says nothing of this one
         if not _runs(run, batch):
             run.gradients.short += 1
         short = bool(run.runtime.sum(run.gradients.short))
@@ -80,8 +82,51 @@ def probe(run: Run) -> None:
         run.runtime.release()
         if not short:
             break
-        halve(run, run.state.step, batch)
+        make_do(run, batch)
     correct(run, batch)
+
+
+def make_do(run: Run, batch: Batch) -> None:
+    """Choose what takes less than the micro-batch that memory ran out in before the first step.
+
+    A smaller one, where its size was our choice; else more recomputed layers, where these were;
+    else, as in any step, what the recipe allows.
+
+    Raises:
+        RunFailed: when nothing is left to choose.
+    """
+    plan, index = run.plan, run.state.step
+    smaller = plan.steps.halved() is not None
+    if smaller and plan.steps.by_tokens:
+        halve(run, index, batch)
+    elif _chooses_layers(plan) and plan.setup.recomputed < plan.shape.layers:
+        recompute_more(run, _place(run, index, batch))
+    elif smaller and plan.recipe.train.on_oom == "halve":
+        halve(run, index, batch)
+    else:
+        raise in_a_batch(run, index, batch)
+
+
+def recompute_more(run: Run, place: str) -> None:
+    """Recompute more layers: as few as fit when activations take at least all that there is."""
+    plan, how = run.plan, run.plan.recipe.train.gradient_checkpointing
+    scale = scale_of(plan.shape, plan.setup, plan.free_bytes - plan.memory.parts["overhead"])
+    _, setup = settle(plan.shape, plan.setup, plan.steps, plan.free_bytes, how, max(1.0, scale))
+    choose(run, plan.steps.limit, max(setup.recomputed, plan.setup.recomputed + 1))
+    layers = run.plan.setup.recomputed
+    run.reporter.say(f"{place}: memory ran out; again with {layers} layers computed again")
+
+
+def choose(run: Run, limit: int, recomputed: int) -> None:
+    """Go on with another limit of micro-batches and count of recomputed layers; note both."""
+    run.plan = run.plan.with_choices(limit, recomputed)
+    queue = run.runtime.copy_queue() if run.plan.setup.offload else None
+    checkpoint_layers(run.model, recomputed, queue=queue)
+    run.folder.note(
+        micro_batch_limit=limit,
+        micro_batch_tokens=run.plan.steps.micro_batch_tokens,
+        recomputed_layers=recomputed,
+    )
 
 
 def correct(run: Run, batch: Batch) -> None:
@@ -105,21 +150,20 @@ def correct(run: Run, batch: Batch) -> None:
         return
     how = plan.recipe.train.gradient_checkpointing
     split, setup = settle(plan.shape, plan.setup, plan.steps, plan.free_bytes, how, scale)
-    run.plan = plan.with_choices(
-        min(split.limit, plan.steps.limit), max(setup.recomputed, plan.setup.recomputed)
-    )
-    recomputed, tokens = run.plan.setup.recomputed, run.plan.steps.micro_batch_tokens
-    queue = runtime.copy_queue() if plan.setup.offload else None
-    checkpoint_layers(run.model, recomputed, queue=queue)
-    run.folder.note(
-        micro_batch_limit=run.plan.steps.limit,
-        micro_batch_tokens=tokens,
-        recomputed_layers=recomputed,
-    )
+    before = plan.steps.limit, plan.setup.recomputed
+    limit, recomputed = min(split.limit, before[0]), max(setup.recomputed, before[1])
+    if (limit, recomputed) == before:  # nothing smaller is ours to choose, and it did fit
+        return
+    choose(run, limit, recomputed)
+    tokens = run.plan.steps.micro_batch_tokens
     run.reporter.say(
         f"a micro-batch took {peak / GIB:.1f} GiB, {found['estimated_bytes'] / GIB:.1f} were "
         f"expected: now up to {tokens:,} tokens, {recomputed} layers computed again"
     )
+
+
+def _chooses_layers(plan: Plan) -> bool:
+    return plan.recipe.train.gradient_checkpointing == "auto"
 
 
 def _runs(run: Run, batch: Batch) -> bool:

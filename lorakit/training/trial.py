@@ -68,10 +68,11 @@ def _two_steps(plan: Plan, runtime: Runtime, rate: Rate, folder: RunFolder) -> T
     choose_kernels(plan, runtime, silent)  # a compiler's memory is no tensor's
     before = runtime.used_bytes()
     run = prepare(plan, runtime, folder, silent, Stop())
+    run.reset_peak()  # loading may take more than a step, of which the estimate is
     for index in range(STEPS):
         began = time.monotonic()
         loop.step(run, index)
-        loop.settle(run, keep=0)
+        loop.read_numbers(run, keep=0)
         seconds = time.monotonic() - began
     batches = [batch for index in range(STEPS) for batch in plan.steps.step(index)]
     tokens = max(batch.input_ids.numel() for batch in batches)

@@ -202,7 +202,7 @@ def run_one(job: dict[str, Any]) -> dict[str, Any]:
     run = prepare(plan, runtime, RunFolder(Path(job["work"]), True, {}), reporter, Stop())
     for index in range(2):
         loop.step(run, index)
-    loop.settle(run, keep=0)
+    loop.read_numbers(run, keep=0)
     peak = measure.peak_memory(torch, device)
     taken = peak["peak"] - (before["resident"] if device == "cpu" else 0)
     parts = plan.memory.parts

@@ -80,7 +80,7 @@ def not_finite(subject: Subject, case: int, folder: Path) -> None:
 def spoil(place: str, value: float, step: int, rng: random.Random) -> None:
     """Put a value where it does not belong, once, in one step (from 1)."""
     real_rate, real_clip, real_loss = optim.set_rate, gradients.Gradients.clip, loop.token_loss
-    real_settle = loop.settle
+    real_read = loop.read_numbers
     optimizers: list[torch.optim.Optimizer] = []
     now = 0
 
@@ -110,13 +110,13 @@ def spoil(place: str, value: float, step: int, rng: random.Random) -> None:
         loss = real_loss(*arguments)
         return loss * value if now == step and place == "loss" else loss
 
-    def settle(*arguments: Any, **options: Any) -> bool:
+    def read_numbers(*arguments: Any, **options: Any) -> bool:
         if now == step and place == "result":
             put("weight")
-        return real_settle(*arguments, **options)
+        return real_read(*arguments, **options)
 
     optim.set_rate, gradients.Gradients.clip, loop.token_loss = set_rate, clip, token_loss
-    loop.settle = settle
+    loop.read_numbers = read_numbers
 
 
 def clocks(subject: Subject, case: int, folder: Path) -> None:

@@ -115,6 +115,21 @@ def test_each_value_of_a_state_has_its_type(tmp_path: Path, key: str) -> None:
     assert caught.value.id == "checkpoint.damaged"
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("loss_scale", 0.0), ("loss_scale", 2.0**17), ("finite_steps", -1), ("finite_steps", 2000)],
+)
+def test_a_loss_scale_that_no_run_can_have_is_damage(
+    tmp_path: Path, key: str, value: float
+) -> None:
+    folder = write(tmp_path, 1)
+    content = json.loads((folder / "state.json").read_text())
+    content["state"][key] = value
+    forge(folder, json.dumps(content))
+    with pytest.raises(RunFailed, match=rf"state\.{key} is {value}"):
+        checkpoint.newest(tmp_path)
+
+
 def forge(folder: Path, state: str) -> None:
     (folder / "state.json").write_text(state)
     (folder / "manifest.json").unlink()

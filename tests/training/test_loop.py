@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,12 +20,12 @@ from lorakit.errors import BadInput, Interrupted, RunFailed
 from lorakit.model import weights
 from lorakit.processes import Stop
 from lorakit.recipe.reader import read
-from lorakit.runtime import Runtime
+from lorakit.runtime import HostCopy, Runtime
 from lorakit.scoring import RowScore
 from lorakit.training import folder as folders
-from lorakit.training import loop, passports
+from lorakit.training import loop, loss_scale, passports
 from lorakit.training.folder import Mode
-from lorakit.training.plan import Permissions, make
+from lorakit.training.plan import Permissions, Plan, make
 from lorakit.training.progress import Reporter, StepRecord
 from lorakit.training.run import Outcome
 from tests.model.finding import find
@@ -395,6 +396,64 @@ def test_an_inexact_resume_is_told_and_written_into_the_adapter(
     assert saved.passport["resumed_inexactly"] == [
         "recipe.train.learning_rate was 0.01 and is 0.02"
     ]
+
+
+def test_on_a_gpu_the_host_waits_for_the_numbers_of_the_step_before(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is on the device is spoilt once its copy was asked for: nothing else may be read."""
+    _, expected, _ = carry_out(folder, tmp_path / "whole", max_steps=4)
+    events: list[str] = []
+
+    def to_host(_: Runtime, tensor: torch.Tensor) -> HostCopy:
+        number, copy = sum(one.startswith("copied") for one in events), tensor.clone()
+        tensor.fill_(float("nan"))
+        events.append(f"copied {number}")
+        event: Any = SimpleNamespace(synchronize=lambda: events.append(f"waited {number}"))
+        return HostCopy(copy, event)
+
+    monkeypatch.setattr(Runtime, "is_gpu", True)
+    monkeypatch.setattr(Plan, "compiled", False)
+    monkeypatch.setattr(Runtime, "to_host", to_host)
+    _, found, _ = carry_out(folder, tmp_path / "run", max_steps=4, eval_every=4, save_every=4)
+    assert [r.loss for r in found] == pytest.approx([r.loss for r in expected], rel=1e-5)
+    assert " ".join(events) == (
+        "copied 0 copied 1 waited 0 copied 2 waited 1 copied 3 waited 2 waited 3"
+    )
+
+
+def test_a_resumed_run_doubles_its_loss_scale_at_the_same_step(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss_scale, "DOUBLES_AFTER", 3)
+    fp16 = {"model": {"dtype": "fp16"}, "save_every": 1, "keep_checkpoints": 6}
+    real, calls = loop.token_loss, 0
+
+    def token_loss(model: Any, batch: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        loss = real(model, batch)
+        if calls == 2:  # the second step's gradients, not its loss
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss
+
+    monkeypatch.setattr(loop, "token_loss", token_loss)
+    _, records, whole = carry_out(folder, tmp_path / "whole", **fp16)
+    calls = 0
+    with pytest.raises(Interrupted, match="step 4"):
+        carry_out(folder, tmp_path / "cut", stop_after=4, **fp16)
+    _, _, resumed = carry_out(folder, tmp_path / "cut", "resume", **fp16)
+    assert [record.step for record in records] == [1, 3, 4, 5, 6]
+
+    def scales(run: str) -> list[tuple[float, int]]:
+        files = sorted((tmp_path / run / "checkpoints").glob("*/state.json"))
+        states = [json.loads(file.read_text())["state"] for file in files]
+        return [(state["loss_scale"], state["finite_steps"]) for state in states]
+
+    most, half = loss_scale.LARGEST, loss_scale.LARGEST / 2
+    found = [(most, 1), (half, 0), (half, 1), (half, 2), (most, 0), (most, 1)]
+    assert scales("whole") == scales("cut") == found
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def test_as_many_steps_may_be_skipped_as_the_recipe_allows(

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from lorakit.cli.app import app
 from lorakit.errors import RunFailed
-from lorakit.model import base
+from lorakit.model import base, checkpointing
+from lorakit.model.families import decoder_layers
 from lorakit.runtime import Runtime
 from lorakit.training import loop, memory, shortage
 from tests.training.test_loop import carry_out, folder, largest_difference
@@ -137,7 +138,7 @@ def test_a_gpu_is_tried_before_the_first_step(
 ) -> None:
     """A CPU that says of itself what a GPU does; nothing of the trial may be left in the run."""
     _, records, expected = carry_out(folder, tmp_path / "whole")
-    monkeypatch.setattr(Runtime, "lags", True)
+    monkeypatch.setattr(Runtime, "is_gpu", True)
     monkeypatch.setattr("lorakit.training.plan.Plan.compiled", False)
     real = shortage.token_loss
 
@@ -156,26 +157,132 @@ def test_a_gpu_is_tried_before_the_first_step(
     assert largest_difference(expected, tensors) < 1e-3
 
 
+@contextmanager
+def needs_recomputed(patch: pytest.MonkeyPatch, layers: int, rows: int) -> Iterator[list[int]]:
+    """Play a GPU where micro-batches of more rows run out of memory with fewer recomputed layers.
+
+    What is given are the recomputed layers of each try.
+    """
+    real, tries = shortage.token_loss, []
+
+    def limited(model: Any, batch: Any) -> torch.Tensor:
+        loss = real(model, batch)
+        forwards = [layer.forward for layer in decoder_layers(model)]
+        tries.append(sum(isinstance(forward, checkpointing._Recomputed) for forward in forwards))
+        if len(batch.rows) > rows and tries[-1] < layers:
+            raise torch.OutOfMemoryError
+        return loss
+
+    with patch.context() as inside:
+        inside.setattr(Runtime, "is_gpu", True)
+        inside.setattr("lorakit.training.plan.Plan.compiled", False)
+        inside.setattr(shortage, "token_loss", limited)
+        yield tries
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows"), [({"micro_batch_size": 8}, 1), ({"batch_size": 1}, 0)], ids=str
+)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_layers_are_recomputed_where_the_size_is_not_ours_to_choose(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    rows: int,
+    layers: int,
+) -> None:
+    """Because it is the user's, or because a row has no half; as many as it takes, no more."""
+    _, records, expected = carry_out(folder, tmp_path / "whole", max_steps=3, **settings)
+    with needs_recomputed(monkeypatch, layers, rows) as tries:
+        _, found, tensors = carry_out(folder, tmp_path / "tried", max_steps=3, **settings)
+    noted = facts(tmp_path / "tried")
+    assert noted["recomputed_layers"] == tries[-1] == layers
+    assert "halved" not in noted
+    if "micro_batch_size" in settings:
+        assert noted["micro_batch_limit"] == 8
+    assert [r.loss for r in found] == pytest.approx([r.loss for r in records], rel=1e-5)
+    assert largest_difference(expected, tensors) < 1e-3
+
+
+def test_a_size_that_no_recomputing_helps_is_the_users_to_change(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"micro_batch_size": 8, "max_steps": 1}
+    with needs_recomputed(monkeypatch, 9, 4) as tries, pytest.raises(RunFailed) as caught:
+        carry_out(folder, tmp_path / "stopped", **settings)
+    assert tries == [0, 1, 2]
+    assert "step 1, a micro-batch of 1 x " in caught.value.message
+    assert "train.on_oom=halve" in str(caught.value.help)
+    with needs_recomputed(monkeypatch, 9, 4) as tries:
+        carry_out(folder, tmp_path / "halved", on_oom="halve", **settings)
+        assert tries == [0, 1, 2, 2]
+        carry_out(folder, tmp_path / "said", gradient_checkpointing=False, **settings)
+    assert tries == [0, 1, 2, 2]  # both are the recipe's: there is nothing to try
+    noted = facts(tmp_path / "halved")
+    assert (noted["micro_batch_limit"], noted["recomputed_layers"]) == (4, 2)
+
+
+def test_the_peak_of_a_try_is_its_own_and_that_of_the_run_the_highest(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU whose mark rises with the tokens of a micro-batch and falls only when it is reset."""
+    real, mark = shortage.token_loss, 10**6
+
+    def marked(model: Any, batch: Any) -> torch.Tensor:
+        nonlocal mark
+        tokens = batch.input_ids.numel()
+        mark = max(mark, 1000 * tokens)
+        if tokens > 60:
+            raise torch.OutOfMemoryError
+        return real(model, batch)
+
+    def reset_peak(_: Runtime) -> None:
+        nonlocal mark
+        mark = 0
+
+    monkeypatch.setattr(Runtime, "is_gpu", True)
+    monkeypatch.setattr("lorakit.training.plan.Plan.compiled", False)
+    monkeypatch.setattr(Runtime, "peak_bytes", lambda _: mark)
+    monkeypatch.setattr(Runtime, "reset_peak", reset_peak)
+    monkeypatch.setattr(shortage, "token_loss", marked)
+    outcome, records, _ = carry_out(folder, tmp_path / "run", max_steps=1)
+    probe = facts(tmp_path / "run")["probe"]
+    assert probe["measured_bytes"] == mark == 1000 * probe["tokens"] <= 60_000
+    assert outcome.peak_memory_bytes == records[-1].mem_peak == 10**6  # of loading
+
+
+@pytest.mark.parametrize("settings", [{}, {"micro_batch_size": 8}], ids=str)
 @pytest.mark.parametrize("times", [1, 6])
 def test_a_gpu_that_takes_more_than_expected_is_given_less(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    times: int,
+    settings: dict[str, Any],
 ) -> None:
-    """Estimate and peak are noted; the loss and the adapter stay what they are."""
+    """Estimate and peak are noted; the loss and the adapter stay what they are.
+
+    A size that is the user's stays too: more layers are recomputed.
+    """
     for name in ("OVERHEAD", "LIBRARIES", "KERNELS", "CONTEXT"):
         monkeypatch.setattr(memory, name, 0)
-    monkeypatch.setattr(Runtime, "lags", True)
+    monkeypatch.setattr(Runtime, "is_gpu", True)
     monkeypatch.setattr("lorakit.training.plan.Plan.compiled", False)
-    _, records, expected = carry_out(folder, tmp_path / "whole")
+    _, records, expected = carry_out(folder, tmp_path / "whole", **settings)
     probe = facts(tmp_path / "whole")["probe"]
     room = 2 * probe["estimated_bytes"]
     monkeypatch.setattr(Runtime, "free_bytes", lambda _: room)
     peak = times * probe["estimated_bytes"]
     monkeypatch.setattr(Runtime, "peak_bytes", lambda _: peak)
-    _, found, tensors = carry_out(folder, tmp_path / "tried")
+    _, found, tensors = carry_out(folder, tmp_path / "tried", **settings)
     noted = facts(tmp_path / "tried")
     assert noted["probe"] == probe | {"measured_bytes": peak}
     assert ("recomputed_layers" in noted) is (times > 1)
-    if times > 1:
+    if times > 1 and settings:
+        assert noted["recomputed_layers"] > 0
+        assert noted["micro_batch_limit"] == settings["micro_batch_size"]
+    elif times > 1:
         assert noted["micro_batch_tokens"] < probe["tokens"]
     assert [r.loss for r in found] == pytest.approx([r.loss for r in records], rel=1e-5)
     assert largest_difference(expected, tensors) < 1e-3
