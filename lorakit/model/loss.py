@@ -11,8 +11,10 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
@@ -20,7 +22,7 @@ from transformers import PreTrainedModel
 from lorakit.model import liger
 from lorakit.model.elementwise import softmax_nll
 from lorakit.model.families import plain_head
-from lorakit.model.inputs import Tokens, forward_inputs, trained_positions
+from lorakit.model.inputs import Tokens, forward_inputs, sent, trained_places
 
 # Logits of one chunk in fp32: large enough to keep a GPU busy. On a CPU below what the C library
 # maps apart (`runtime.py`): such memory is cleared anew for each chunk, and is not that which the
@@ -36,23 +38,19 @@ _liger: liger.HeadLoss | None = None
 
 def token_loss(model: PreTrainedModel, batch: Tokens) -> Tensor:
     """Return the sum of -log p over the trained tokens of a batch, in fp32 and with its graph."""
-    labels = batch.labels.to(model.device)
-    where = trained_positions(labels)
-    targets = labels.roll(-1, 1)[where]
+    places, targets = _trained(model, batch)
     head = plain_head(model)
     if head is None:
-        return F.cross_entropy(_wide(_logits(model, batch, where)), targets, reduction="sum")
-    return head_loss(_hidden(model, batch, where), head.weight, head.bias, targets)
+        return F.cross_entropy(_wide(_logits(model, batch, places)), targets, reduction="sum")
+    return head_loss(_hidden(model, batch, places), head.weight, head.bias, targets)
 
 
 @torch.no_grad()
 def token_scores(model: PreTrainedModel, batch: Tokens) -> tuple[Tensor, Tensor]:
     """Return -log p in fp32 and whether argmax hits, for each trained token, row by row."""
-    labels = batch.labels.to(model.device)
-    where = trained_positions(labels)
-    targets = labels.roll(-1, 1)[where]
+    places, targets = _trained(model, batch)
     head = plain_head(model)
-    states = _logits(model, batch, where) if head is None else _hidden(model, batch, where)
+    states = _logits(model, batch, places) if head is None else _hidden(model, batch, places)
     nll = states.new_empty(len(targets), dtype=torch.float32)
     hits = states.new_empty(len(targets), dtype=torch.bool)
     for rows in _chunks(len(targets), model.config.get_text_config().vocab_size, states.device):
@@ -141,18 +139,31 @@ def _in_chunks(
     return total, grad
 
 
-def _hidden(model: PreTrainedModel, batch: Tokens, where: Tensor) -> Tensor:
+def _trained(model: PreTrainedModel, batch: Tokens) -> tuple[NDArray[np.int64], Tensor]:
+    """Return where trained tokens are predicted, on the host, and their ids, on the device."""
+    places, targets = trained_places(batch.labels)
+    return places, sent(torch.from_numpy(targets), model.device)
+
+
+def _hidden(model: PreTrainedModel, batch: Tokens, places: NDArray[np.int64]) -> Tensor:
     """Return the decoder's output at the chosen places, (n, dim)."""
     hidden: Tensor = model.base_model(**forward_inputs(model, batch)).last_hidden_state
-    return hidden.flatten(0, 1).index_select(0, where.flatten().nonzero().squeeze(1))
+    return _chosen(hidden, places)
 
 
-def _logits(model: PreTrainedModel, batch: Tokens, where: Tensor) -> Tensor:
+def _logits(model: PreTrainedModel, batch: Tokens, places: NDArray[np.int64]) -> Tensor:
     """Return the model's own logits at the chosen places, (n, vocabulary)."""
     inputs = forward_inputs(model, batch)
-    kept = where.any(0).nonzero().squeeze(1)
-    logits: Tensor = model(**inputs, logits_to_keep=kept).logits[where[:, kept]]
-    return logits
+    row, column = np.divmod(places, batch.labels.shape[1])
+    kept, at = np.unique(column, return_inverse=True)
+    keep = sent(torch.from_numpy(kept), model.device)
+    logits: Tensor = model(**inputs, logits_to_keep=keep).logits
+    return _chosen(logits, row * len(kept) + at)
+
+
+def _chosen(states: Tensor, places: NDArray[np.int64]) -> Tensor:
+    """Return states (rows, tokens, dim) at places that count through all rows, (n, dim)."""
+    return states.flatten(0, 1).index_select(0, sent(torch.from_numpy(places), states.device))
 
 
 def _chunks(rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]:

@@ -9,15 +9,36 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from lorakit.model import liger, loss
-from lorakit.model.families import plain_head
+from lorakit.model.families import KNOWN, plain_head
 from lorakit.model.loss import head_loss, take_faster, token_loss, token_scores
-from tests.model.batches import documents, padded
-from tests.tiny import FAMILIES, tiny_model
+from tests.model.batches import Rows, documents, packed, padded
+from tests.tiny import FAMILIES, known_model, tiny_model
 
 torch.set_num_threads(1)
+
+
+class Unwaited(TorchDispatchMode):
+    """Refuse every operation whose result a host would have to wait for on a GPU."""
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        aten = torch.ops.aten
+        waits = operation._overloadpacket in (
+            aten._local_scalar_dense,
+            aten.equal,
+            aten.is_nonzero,
+            aten.masked_select,
+            aten.nonzero,
+        )
+        if operation._overloadpacket in (aten.index, aten.index_put, aten.index_put_):
+            waits = any(at is not None and at.dtype is torch.bool for at in args[1])
+        assert not waits, f"{operation} makes the host wait"
+        return operation(*args, **(kwargs or {}))
 
 
 class Adapted(nn.Module):
@@ -253,3 +274,18 @@ def test_a_batch_without_trained_tokens_costs_nothing_and_keeps_its_graph(
     )
     nll, hits = token_scores(model, batch)
     assert nll.shape == hits.shape == (0,)
+
+
+@pytest.mark.parametrize("change", [leave, wrap])
+@pytest.mark.parametrize("lay", [packed, padded])
+@pytest.mark.parametrize("family", sorted(KNOWN))
+def test_a_micro_batch_never_makes_the_host_wait_for_a_device(
+    family: str, lay: Callable[..., Rows], change: Callable[[PreTrainedModel], None]
+) -> None:
+    model = known_model(family).float().requires_grad_(False)
+    model.get_input_embeddings().weight.requires_grad_()
+    change(model)
+    batch = lay(documents(9, 5, 12))
+    with Unwaited():
+        token_loss(model, batch).backward()
+        token_scores(model, batch)
