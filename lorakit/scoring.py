@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from lorakit.data.batches import Batch
 from lorakit.data.tokens import MASKED
+from lorakit.model.inputs import sent
 from lorakit.model.loss import token_scores
 
 
@@ -41,18 +42,11 @@ def score(model: PreTrainedModel, batches: Iterable[Batch]) -> list[RowScore]:
 
 
 def put(batch: Batch, device: torch.device) -> Batch:
-    """Move a batch to a device; on CUDA through pinned memory, without waiting."""
-    if device.type == "cpu":
-        return batch
-
-    def moved(tensor: Tensor) -> Tensor:
-        return tensor.pin_memory().to(device, non_blocking=True)
-
+    """Move what the model reads to a device, without waiting; the labels stay on the host."""
     return replace(
         batch,
-        input_ids=moved(batch.input_ids),
-        labels=moved(batch.labels),
-        position_ids=moved(batch.position_ids),
+        input_ids=sent(batch.input_ids, device),
+        position_ids=sent(batch.position_ids, device),
     )
 
 

@@ -2,7 +2,9 @@
 
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -16,7 +18,8 @@ class Tokens(Protocol):
     """A micro-batch as the model sees it, of shape (rows, tokens).
 
     `labels` holds the id at the same place where it is trained, else -100; the first label of a
-    document is always -100. `lengths` are those of the documents of the single row when it is
+    document is always -100. It is on the host, where its values can be asked for without waiting
+    for a device. `lengths` are those of the documents of the single row when it is
     packed; None when rows are padded on the right.
     """
 
@@ -35,6 +38,8 @@ def forward_inputs(model: PreTrainedModel, batch: Tokens) -> dict[str, Any]:
 
     No attention mask: padding on the right comes after everything that counts, and packed
     documents are told apart by their lengths, or in transformers' own attention by their positions.
+    For ours a mask of no tokens stands there, which transformers hands on as one that is made
+    already: else it asks the device, and waits, whether the positions are those of packed rows.
 
     Raises:
         ValueError: when a packed batch meets a model that cannot keep its documents apart.
@@ -48,11 +53,24 @@ def forward_inputs(model: PreTrainedModel, batch: Tokens) -> dict[str, Any]:
     if model.config._attn_implementation == attention.NAME:
         rows = len(batch.input_ids)
         inputs["documents"] = Documents.of(lengths, rows, model.device)
+        if not model.base_model._forward_pre_hooks:  # a prefix needs a mask that shows it
+            inputs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device)
     return inputs
 
 
-def trained_positions(labels: Tensor) -> Tensor:
-    """Return where trained tokens are predicted, (rows, tokens): one place before each of them."""
-    predicts = torch.zeros_like(labels, dtype=torch.bool)
-    predicts[:, :-1] = labels[:, 1:] != MASKED
-    return predicts
+def trained_places(labels: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return where trained tokens are predicted, one place before each of them, and their ids.
+
+    `labels` (rows, tokens) are on the host; places count through all rows, laid end to end.
+    """
+    ahead = np.full(labels.shape, MASKED, np.int64)
+    ahead[:, :-1] = labels.numpy()[:, 1:]
+    places = np.flatnonzero(ahead != MASKED)
+    return places, ahead.ravel()[places]
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the host on a device; on CUDA through pinned memory, without waiting."""
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
 
 from torch import Tensor
 
@@ -11,7 +10,10 @@ HeadLoss = Callable[[Tensor, Tensor, Tensor | None, Tensor], tuple[Tensor, Tenso
 
 
 def found() -> HeadLoss | None:
-    """Return Liger's loss, None where it is not installed."""
+    """Return Liger's loss, None where it is not installed.
+
+    It waits for the device once a call: it counts the targets that are not masked.
+    """
     if find_spec("liger_kernel") is None or find_spec("triton") is None:
         return None
     from liger_kernel.ops import fused_linear_cross_entropy as library
@@ -19,7 +21,7 @@ def found() -> HeadLoss | None:
     def fused(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
-        made: Any = library.fused_linear_cross_entropy_forward(
+        total, *rest = library.fused_linear_cross_entropy_forward(
             hidden,
             weight,
             targets,
@@ -28,6 +30,10 @@ def found() -> HeadLoss | None:
             compute_gradients=True,
             weight_requires_grad=False,
         )
-        return made[0], made[4]
+        # What else it returns has changed from one version to another.
+        alike = (one for one in rest if isinstance(one, Tensor) and one.shape == hidden.shape)
+        if (grad := next(alike, None)) is None:
+            raise ValueError("it returns no gradient of the hidden states")
+        return total, grad
 
     return fused

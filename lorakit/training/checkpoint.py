@@ -203,6 +203,19 @@ def check_unchanged(
         for name in names
         if checkpoint.pinned.get(name) != pinned.get(name)
     }
+    check_allowed(checkpoint, differs, allow_inexact=allow_inexact)
+    return differs
+
+
+def check_allowed(
+    checkpoint: Checkpoint, differs: Mapping[str, tuple[Any, Any]], *, allow_inexact: bool
+) -> None:
+    """Check that a run may go on from a checkpoint although something differs.
+
+    Raises:
+        BadInput: when an inexact resume was not allowed, or it is what the checkpoint holds the
+            tensors of.
+    """
     kept = {name: pair for name, pair in differs.items() if _HELD.match(name)}
     if kept or (differs and not allow_inexact):
         way = "go on with --allow-inexact"
@@ -214,7 +227,6 @@ def check_unchanged(
             where=str(checkpoint.folder),
             help=f"put it back as it was, or {way}",
         )
-    return differs
 
 
 def in_words(differs: Mapping[str, tuple[Any, Any]]) -> list[str]:

@@ -45,6 +45,7 @@ class RunFolder:
     at_work: bool = False  # from the first step on, when there is something to come back to
     changed: Mapping[str, Any] = field(default_factory=dict)
     notices: tuple[Notice, ...] = ()
+    allow_inexact: bool = False
 
     @property
     def adapter(self) -> Path:
@@ -67,6 +68,25 @@ class RunFolder:
         """Add facts to `run.json`."""
         self.facts |= facts | {"updated": _now()}
         self.write(RUN, strict_json.dumps(self.facts))
+
+    def begun(self, fact: str) -> Any:
+        """Return what `run.json` says of the run that goes on; None of one that begins."""
+        return self.facts.get(fact) if self.resume else None
+
+    def chose(self, **facts: Any) -> None:
+        """Note choices that the machine allows: those of the run that goes on, if it does.
+
+        Raises:
+            BadInput: `checkpoint.changed`, when they are not and that was not allowed.
+        """
+        if self.resume:
+            before = {name: self.facts.get(name, now) for name, now in facts.items()}
+            differs = {name: (before[name], facts[name]) for name in facts}
+            differs = {name: pair for name, pair in differs.items() if pair[0] != pair[1]}
+            checkpoint.check_allowed(self.resume, differs, allow_inexact=self.allow_inexact)
+            self.changed = {**self.changed, **differs}
+            self.facts["resumes"][-1]["changed"] = dict(self.changed)
+        self.note(**facts)
 
     def begin(self) -> None:
         """Note that the run is at work; of a resume from which step, and what is not as it was."""
@@ -208,7 +228,7 @@ def _found(
         return fresh
     changed = checkpoint.check_unchanged(found, pinned, allow_inexact=allow_inexact)
     facts = strict_json.read_object(path / RUN, "checkpoint")
-    folder = replace(fresh, facts=facts, resume=found, changed=changed)
+    folder = replace(fresh, facts=facts, resume=found, changed=changed, allow_inexact=allow_inexact)
     if changed:
         message = f"the run does not go on as it began: {'; '.join(folder.changes)}"
         notices.append(Notice("checkpoint.inexact", message, Place(str(found.folder))))

@@ -11,8 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from lorakit import adapters
-from lorakit.model.families import plain_head
-from lorakit.model.loss import CHUNK_BYTES, CHUNK_BYTES_GPU, CHUNK_ROWS
+from lorakit.model.families import head_of
+from lorakit.model.loss import Way, chunk_rows, way_of
 from lorakit.model.quantized import Quantization
 from lorakit.recipe.sections import Optimizer
 from lorakit.training.trace import Trace
@@ -45,7 +45,9 @@ class Shape:
         hidden: width of the states that the head takes.
         queries: width of all heads of a layer together.
         vocabulary: rows of the head.
-        whole_logits: whether the loss needs the logits of all trained tokens at once.
+        way: how the loss comes by its gradient.
+        capped: whether the head is followed by a soft cap.
+        of_head: numbers of the head that are trained.
         dtype: of the base and its activations.
     """
 
@@ -56,7 +58,9 @@ class Shape:
     hidden: int
     queries: int
     vocabulary: int
-    whole_logits: bool
+    way: Way
+    capped: bool
+    of_head: int
     dtype: torch.dtype
 
     @classmethod
@@ -69,7 +73,7 @@ class Shape:
             id(parameter) for layer in adapters.layers_of(model) for parameter in layer.parameters()
         }
         text = model.config.get_text_config()
-        head = getattr(text, "head_dim", None)
+        head, found = getattr(text, "head_dim", None), head_of(model)
         return cls(
             trace,
             sum(p.numel() for p in model.parameters() if id(p) not in own),
@@ -78,7 +82,9 @@ class Shape:
             text.hidden_size,
             head * text.num_attention_heads if head else text.hidden_size,
             text.vocab_size,
-            plain_head(model) is None,
+            way_of(model),
+            found is not None and found.cap is not None,
+            sum(p.numel() for p in found.module.parameters() if p.requires_grad) if found else 0,
             model.dtype,
         )
 
@@ -220,16 +226,19 @@ def _activations(shape: Shape, setup: Setup) -> tuple[int, int]:
 def _loss(shape: Shape, setup: Setup) -> float:
     """Return the bytes of logits, and of what is made of them, that are alive at a time.
 
-    In chunks: the fp32 scores and their softmax, on a CPU in one place and once more in the dtype
-    of the weights, and the gradient of the trained states. At once: the log-softmax, its gradient
-    and that of the scores.
+    Ready in the forward pass: the fp32 scores and their softmax, on a CPU in one place and once
+    more in the dtype of the weights, the slope of a cap, and the gradient of the trained states.
+    Otherwise: the log-softmax, its gradient and that of the scores; of a chunk where the head is
+    run again, with what that adds to the gradients of its own tensors. A model that makes logits
+    itself may make those of all tokens, whose gradient is put together from that of trained ones.
     """
-    trained = setup.tokens * setup.share
-    if shape.whole_logits:
-        return trained * shape.vocabulary * 12
-    fewest, most = CHUNK_ROWS
-    budget = CHUNK_BYTES_GPU if setup.gpu else CHUNK_BYTES["cpu"]
-    rows = max(fewest, min(most, budget // (4 * shape.vocabulary)))
-    narrow = shape.dtype.itemsize
-    bytes_a_score = 8 if setup.gpu else 4 + narrow * (narrow < 4)
-    return min(rows, trained) * shape.vocabulary * bytes_a_score + trained * shape.hidden * narrow
+    trained, narrow = setup.tokens * setup.share, shape.dtype.itemsize
+    if shape.way == "whole":
+        return shape.vocabulary * max(12 * trained, narrow * (2 * setup.tokens + trained))
+    halved = narrow * (narrow < 4)
+    rows = min(chunk_rows(shape.vocabulary, gpu=setup.gpu), trained)
+    again = shape.way == "again"
+    bytes_a_score = 12 if again else 8 if setup.gpu else 4 + halved
+    of_scores = rows * shape.vocabulary * (bytes_a_score + narrow * shape.capped)
+    of_head = shape.of_head * (4 + halved)  # in fp32, and as the base computes with them
+    return of_scores + of_head + (trained - rows * again) * shape.hidden * narrow

@@ -14,7 +14,7 @@ from lorakit.errors import EnvironmentLacks
 from lorakit.model import base as base_models
 from lorakit.model.checkpointing import checkpoint_layers
 from lorakit.model.elementwise import fuse_kernels, keep_kernels_apart
-from lorakit.model.loss import take_faster
+from lorakit.model.loss import LIGER, OWN, keep_own, take_faster
 from lorakit.processes import Stop
 from lorakit.runtime import HostCopy, Runtime, make_deterministic
 from lorakit.training import checkpoint, loss_scale, optim, passports
@@ -89,7 +89,9 @@ def prepare(plan: Plan, runtime: Runtime, folder: RunFolder, reporter: Reporter,
     settings = plan.recipe.train
     if settings.deterministic:
         make_deterministic()
-    choose_kernels(plan, runtime, reporter)
+    asked = "recipe.train.compile" in folder.changed
+    begun = None if asked else folder.begun("compiled")
+    folder.chose(compiled=choose_kernels(plan, runtime, reporter, begun=begun))
     model = base_models.load(
         plan.base,
         device=runtime.device,
@@ -104,9 +106,8 @@ def prepare(plan: Plan, runtime: Runtime, folder: RunFolder, reporter: Reporter,
         method = plan.method
         adapters.attach(method, model, sites, seed=plan.recipe.seed)
         method.start(model, sites, plan.steps.step(0, whole=True))
-    if runtime.is_gpu and not settings.deterministic:  # a resume may find the other one faster
-        trained = max(1, int(plan.setup.tokens * plan.setup.share))
-        folder.note(loss=take_faster(model, trained))
+    if runtime.is_gpu:
+        folder.chose(loss_kernel=choose_loss(plan, runtime, model, folder.begun("loss_kernel")))
     queue = runtime.copy_queue() if plan.setup.offload else None
     checkpoint_layers(model, plan.setup.recomputed, queue=queue)
     adapters.set_training(model, True)
@@ -131,15 +132,26 @@ def prepare(plan: Plan, runtime: Runtime, folder: RunFolder, reporter: Reporter,
     return run
 
 
-def choose_kernels(plan: Plan, runtime: Runtime, reporter: Reporter) -> None:
-    """Compile what runs between the matrix products, where the recipe and the machine allow it.
+def choose_kernels(
+    plan: Plan, runtime: Runtime, reporter: Reporter, *, begun: bool | None = None
+) -> bool:
+    """Compile what runs between the matrix products; return whether that is so, in every process.
+
+    Where the recipe and the machine allow it, or, of a run that goes on, where it has `begun` so.
+    What an earlier run in this process has chosen is forgotten.
 
     Raises:
         EnvironmentLacks: when the recipe asks for it and the machine has no compiler that works.
     """
+    keep_own()
     keep_kernels_apart()
-    if not plan.compiled or (reason := fuse_kernels(runtime.device, plan.dtype)) is None:
-        return
+    if not (plan.compiled if begun is None else begun):
+        return False
+    reason = fuse_kernels(runtime.device, plan.dtype)
+    if _in_every(runtime, reason is None):
+        return True
+    keep_kernels_apart()
+    reason = reason or "it does not in another process"
     if plan.recipe.train.compile is True:
         raise EnvironmentLacks(
             "env.missing-package",
@@ -147,6 +159,30 @@ def choose_kernels(plan: Plan, runtime: Runtime, reporter: Reporter) -> None:
             help="install a C++ compiler (on a GPU: triton and gcc), or set train.compile: auto",
         )
     reporter.say(f"not compiled, so elementwise steps take longer: {reason}")
+    return False
+
+
+def choose_loss(plan: Plan, runtime: Runtime, model: PreTrainedModel, begun: str | None) -> str:
+    """Return whose loss of the head every process takes: that of a run that goes on, if it can.
+
+    Otherwise Liger's where it is the faster one in every process.
+    """
+    if plan.recipe.train.deterministic:
+        return OWN
+    if begun is not None and begun != LIGER:
+        return begun
+    trained = max(1, int(plan.setup.tokens * plan.setup.share))
+    found = take_faster(model, trained, at_any_speed=begun == LIGER)
+    if _in_every(runtime, found == LIGER):
+        return LIGER
+    keep_own()
+    return f"{OWN}, as in another process" if found == LIGER else found
+
+
+def _in_every(runtime: Runtime, holds: bool) -> bool:
+    """Tell whether something holds in every process; all of them ask."""
+    against = torch.tensor([float(not holds)], device=runtime.device)
+    return not runtime.sum(against).item()
 
 
 def save(run: Run) -> None:

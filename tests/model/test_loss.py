@@ -9,15 +9,39 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lorakit.model import liger, loss
-from lorakit.model.families import plain_head
-from lorakit.model.loss import head_loss, take_faster, token_loss, token_scores
-from tests.model.batches import documents, padded
-from tests.tiny import FAMILIES, tiny_model
+from lorakit.model.families import CAPPED, KNOWN, head_of
+from lorakit.model.loss import head_loss, take_faster, token_loss, token_scores, way_of
+from tests.adapters.adapted import put_on, scramble
+from tests.model.batches import Rows, documents, packed, padded
+from tests.tiny import FAMILIES, VOCABULARY, known_model, tiny_model
 
 torch.set_num_threads(1)
+
+
+class Unwaited(TorchDispatchMode):
+    """Refuse every operation whose result a host would have to wait for on a GPU."""
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        aten = torch.ops.aten
+        waits = operation._overloadpacket in (
+            aten._local_scalar_dense,
+            aten.equal,
+            aten.is_nonzero,
+            aten.masked_select,
+            aten.nonzero,
+        )
+        if operation._overloadpacket in (aten.index, aten.index_put, aten.index_put_):
+            waits = any(at is not None and at.dtype is torch.bool for at in args[1])
+        assert not waits, f"{operation} makes the host wait"
+        return operation(*args, **(kwargs or {}))
 
 
 class Adapted(nn.Module):
@@ -50,9 +74,13 @@ def leave(model: PreTrainedModel) -> None:
 def frozen(
     family: str, dtype: torch.dtype = torch.float32, *, tied: bool = False
 ) -> PreTrainedModel:
-    model = tiny_model(family, dtype=dtype, tied=tied).requires_grad_(False)
-    layer = next(m for m in model.base_model.modules() if isinstance(m, nn.ModuleList))[0]
-    layer.requires_grad_()
+    return train_a_layer(tiny_model(family, dtype=dtype, tied=tied))
+
+
+def train_a_layer(model: PreTrainedModel) -> PreTrainedModel:
+    layers = next(m for m in model.base_model.modules() if isinstance(m, nn.ModuleList))
+    model.requires_grad_(False)
+    layers[0].requires_grad_()
     return model
 
 
@@ -90,7 +118,8 @@ def test_both_paths_equal_transformers_on_padded_rows(
     trained = [p for p in model.parameters() if p.requires_grad]
     reference = torch.autograd.grad(expected, trained)
     change(model)
-    assert (plain_head(model) is not None) is plain
+    head = head_of(model)
+    assert (head is not None and head.linear is not None) is plain
     ours = token_loss(model, batch)
     # transformers computes its cross-entropy in fp32.
     torch.testing.assert_close(ours.float(), expected.float(), rtol=1e-6, atol=0)
@@ -136,8 +165,10 @@ def test_targets_whose_probability_is_zero_in_fp32_have_their_loss(small_chunks:
     torch.testing.assert_close(grad, torch.autograd.grad(expected, hidden)[0])
 
 
-def stand_in(monkeypatch: pytest.MonkeyPatch, seconds: float, error: float = 0.0) -> list[int]:
-    """Put a library of Liger's signature in its place, whose loss is wrong as asked.
+def stand_in(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, error: float = 0.0, factor: float | None = 1.0
+) -> list[int]:
+    """Put a library of Liger's signature in its place, whose loss and gradient are as asked.
 
     Ours takes a second, so say the clocks. Returns how many tokens each of its calls got.
     """
@@ -153,10 +184,12 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, seconds: float, error: float = 0.0
             hidden = given.detach().requires_grad_()
             total = F.cross_entropy(F.linear(hidden, weight, bias), target, reduction="sum")
             (grad,) = torch.autograd.grad(total, hidden)
+        grad = None if factor is None else factor * grad
         return (1 + error) * total.detach(), None, None, None, grad, None, None
 
-    def timed(way: Any, *given: Any) -> tuple[float, float]:
-        return way(*given)[0].item(), 1.0 if way is loss._in_chunks else seconds
+    def timed(way: Any, *given: Any) -> tuple[float, Tensor, float]:
+        total, grad = way(*given)
+        return total.item(), grad, 1.0 if way is loss._in_chunks else seconds
 
     library = SimpleNamespace(fused_linear_cross_entropy_forward=fused_linear_cross_entropy_forward)
     package = SimpleNamespace(fused_linear_cross_entropy=library)
@@ -175,9 +208,9 @@ def test_ligers_loss_is_taken_where_it_is_faster_and_the_same(
     trained = [p for p in model.parameters() if p.requires_grad]
     own = token_loss(model, batch)
     expected = torch.autograd.grad(own, trained)
-    for seconds, error in ((1.1, 0.0), (0.9, 0.01)):
-        stand_in(monkeypatch, seconds, error)
-        assert take_faster(model, 20) == "own"
+    stand_in(monkeypatch, 1.1)
+    assert take_faster(model, 20) == "own"
+    assert take_faster(model, 20, at_any_speed=True) == "liger"
     calls = stand_in(monkeypatch, 0.9)
     assert take_faster(model, 20) == "liger"
     assert calls == [20]
@@ -188,6 +221,23 @@ def test_ligers_loss_is_taken_where_it_is_faster_and_the_same(
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
     wrap(model)  # as an adapter does
     assert take_faster(model, 20) == "own"
+
+
+@pytest.mark.parametrize(
+    ("error", "factor", "reason"),
+    [
+        (0.01, 1.0, "is another: "),
+        (0.0, 100.0, "has another gradient: "),
+        (0.0, float("nan"), "has another gradient: "),
+        (0.0, None, "fails: ValueError: it returns no gradient"),
+    ],
+)
+def test_a_library_whose_loss_or_gradient_is_wrong_leaves_our_loss(
+    error: float, factor: float | None, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch, 0.5, error, factor)
+    assert take_faster(frozen("llama"), 20).startswith(f"own, for Liger's {reason}")
+    assert loss._liger is None
 
 
 def test_a_library_that_fails_leaves_our_loss(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,3 +303,125 @@ def test_a_batch_without_trained_tokens_costs_nothing_and_keeps_its_graph(
     )
     nll, hits = token_scores(model, batch)
     assert nll.shape == hits.shape == (0,)
+
+
+@pytest.mark.parametrize("change", [leave, wrap])
+@pytest.mark.parametrize("lay", [packed, padded])
+@pytest.mark.parametrize("family", sorted(KNOWN))
+def test_a_micro_batch_never_makes_the_host_wait_for_a_device(
+    family: str,
+    lay: Callable[..., Rows],
+    change: Callable[[PreTrainedModel], None],
+    small_chunks: None,
+) -> None:
+    model = known_model(family).float().requires_grad_(False)
+    model.get_input_embeddings().weight.requires_grad_()
+    change(model)
+    batch = lay(documents(9, 5, 12))
+    with Unwaited():
+        token_loss(model, batch).backward()
+        token_scores(model, batch)
+
+
+def capped(family: str) -> PreTrainedModel:
+    """Return a model of a family whose logits, where they can be, are capped where it matters."""
+    model = train_a_layer(known_model(family))
+    model.set_attn_implementation("eager")
+    if family in CAPPED:
+        model.config.final_logit_softcapping = 2.0
+    return model
+
+
+def lora_on_the_head(model: PreTrainedModel) -> None:
+    _, method, _ = put_on(model, "lora", target_modules=["lm_head", "q_proj"])
+    scramble(model, method)
+    model.double()
+
+
+def copy_of_the_head(model: PreTrainedModel) -> None:
+    _, method, _ = put_on(model, "lora", modules_to_save=["lm_head"])
+    scramble(model, method)
+    model.double()
+
+
+@pytest.mark.parametrize("change", [leave, wrap, train, lora_on_the_head, copy_of_the_head])
+@pytest.mark.parametrize("family", ["llama", "phi", *sorted(CAPPED)])
+def test_a_head_run_by_chunks_is_the_models_own_logits_exactly(
+    family: str,
+    change: Callable[[PreTrainedModel], None],
+    small_chunks: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, batch = capped(family), padded(documents(11, 6, 9))
+    change(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert way_of(model) == ("ready" if change is leave else "again")
+    ours = token_loss(model, batch)
+    grads = torch.autograd.grad(ours, trained)
+    nll, hits = token_scores(model, batch)
+    monkeypatch.setattr(loss, "head_of", lambda _: None)
+    expected = token_loss(model, batch)
+    torch.testing.assert_close(ours, expected, rtol=1e-13, atol=0)
+    for mine, theirs in zip(grads, torch.autograd.grad(expected, trained), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12 * theirs.abs().max().item())
+    torch.testing.assert_close((nll, hits), token_scores(model, batch))
+
+
+class Widest(TorchDispatchMode):
+    """Find the most rows of logits that are ever in one tensor, the model's own left out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.rows, self.held = 0, {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        out = operation(*args, **(kwargs or {}))
+        for made in (leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)):
+            if made.shape[-1:] == (VOCABULARY,) and made.untyped_storage()._cdata not in self.held:
+                self.rows = max(self.rows, made.numel() // VOCABULARY)
+        return out
+
+
+@pytest.mark.parametrize("change", [leave, wrap, lora_on_the_head])
+@pytest.mark.parametrize("family", ["llama", *sorted(CAPPED)])
+def test_there_are_never_logits_for_more_rows_than_a_chunk(
+    family: str, change: Callable[[PreTrainedModel], None], small_chunks: None
+) -> None:
+    model = capped(family)
+    change(model)
+    with Widest(model) as seen:
+        token_loss(model, padded(documents(30, 30, 30))).backward()
+        token_scores(model, padded(documents(30, 30, 30)))
+    assert seen.rows == 4
+
+
+class OfItsOwn(LlamaForCausalLM):
+    """A model with a forward pass of its own, which knows of no rows to leave out."""
+
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor, use_cache: bool = False, **rest: Any
+    ) -> CausalLMOutputWithPast:
+        hidden = self.model(input_ids=input_ids, use_cache=use_cache).last_hidden_state
+        return CausalLMOutputWithPast(logits=self.lm_head(hidden))
+
+
+class Deaf(OfItsOwn):
+    """A model that takes the rows to keep, and keeps all."""
+
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor, use_cache: bool = False, logits_to_keep: int = 0
+    ) -> CausalLMOutputWithPast:
+        return super().forward(input_ids, use_cache)
+
+
+@pytest.mark.parametrize("kind", [OfItsOwn, Deaf])
+def test_a_model_that_makes_all_logits_has_its_loss(kind: type[LlamaForCausalLM]) -> None:
+    model, batch = frozen("llama"), padded(documents(11, 6, 9))
+    own = kind(model.config)
+    own.load_state_dict(model.state_dict())
+    expected = token_loss(model, batch)
+    own.config.model_type = "of its own"
+    assert way_of(own) == "whole"
+    torch.testing.assert_close(token_loss(own.eval(), batch), expected)

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaForCausalLM, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lorakit import adapters
 from lorakit.data.batches import Batch
@@ -65,6 +67,8 @@ def real_peak(model: PreTrainedModel, micro_batch: Batch) -> int:
         (320, False, {"rank": 4, "target_modules": QV}),
         (50_000, True, {"rank": 4}),  # the loss is what counts
         (320, True, {"rank": 4, "target_modules": ["lm_head", "q_proj"]}),
+        (50_000, False, {"rank": 4, "target_modules": ["lm_head", "q_proj"]}),
+        (50_000, True, {"rank": 4, "modules_to_save": ["lm_head"]}),
         (320, True, {"rank": 4, "modules_to_save": ["embed_tokens"]}),
         (320, True, {"rank": 4, "layers": [2, 3]}),
         (320, True, {"method": "dora", "rank": 4}),
@@ -85,6 +89,44 @@ def test_the_estimate_is_what_a_real_step_allocates(
         parts = estimate(known, replace(setup, recomputed=recomputed)).parts
         found = parts["activations"] + parts["logits"]
         assert found == pytest.approx(real_peak(model, micro_batch), rel=bound)
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    [("q_proj", torch.float32), ("lm_head", torch.float32), ("lm_head", torch.bfloat16)],
+)
+def test_the_estimate_counts_a_cap(target: str, dtype: torch.dtype) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Gemma2Config(vocab_size=50_000, **sizes, **heads)
+    adapter = {"rank": 4, "target_modules": [target]}
+    micro_batch = batch(packed=False)
+    share = micro_batch.trained_tokens / micro_batch.tokens
+    known = shape(config, dtype, length=LENGTH, packed=False, **adapter)
+    assert known.capped
+    parts = estimate(known, Setup(micro_batch.tokens, share=share)).parts
+    real = real_peak(adapted(config, "cpu", dtype, **adapter), micro_batch)
+    assert parts["activations"] + parts["logits"] == pytest.approx(real, rel=0.01)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.1])
+def test_the_estimate_counts_all_logits_where_a_model_makes_them(
+    share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(self: LlamaForCausalLM, input_ids: Tensor, **more: Any) -> CausalLMOutputWithPast:
+        return CausalLMOutputWithPast(logits=self.lm_head(self.model(input_ids, **more)[0]))
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    monkeypatch.setattr("lorakit.model.families.KNOWN", frozenset())
+    config, micro_batch = llama(64, 176, 2, 4, 2, 50_000), batch(packed=False)
+    kept = round(share * LENGTH)
+    micro_batch.labels[:, kept:] = MASKED
+    known = shape(config, torch.float32, length=LENGTH, packed=False, rank=4)
+    assert known.way == "whole"
+    trained = int((micro_batch.labels != MASKED).sum())
+    parts = estimate(known, Setup(micro_batch.tokens, share=trained / micro_batch.tokens)).parts
+    real = real_peak(adapted(config, "cpu", torch.float32, rank=4), micro_batch)
+    assert parts["activations"] + parts["logits"] == pytest.approx(real, rel=0.02)
 
 
 def test_the_states_are_those_of_the_optimizer() -> None:
