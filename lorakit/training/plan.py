@@ -28,7 +28,7 @@ from lorakit.model.quantizer import notices_of, quantizable
 from lorakit.model.sites import Site, find_sites, uneven
 from lorakit.recipe.rules import unusual
 from lorakit.recipe.sections import Recipe
-from lorakit.runtime import Runtime, resolve_dtype
+from lorakit.runtime import Runtime, capability, resolve_dtype
 from lorakit.training import checks, optim
 from lorakit.training.fitting import Change, cheapest, settle
 from lorakit.training.memory import Memory, Setup, Shape, estimate
@@ -172,10 +172,13 @@ def make(
         dataset = data or prepare_data(recipe, base, tokenizer, permissions)
     # What is saved beside the adapter is the template that its rows were rendered with.
     tokenizer.chat_template = dataset.chat_template
-    gpu = card is not None or runtime.lags
+    gpu = card.capability if card else capability(device)
     packing, unpacked = _packing(recipe, method, skeleton)
     notices = [*base.notices, *unusual(recipe), *coverage, *dataset.notices, *replaced, *unpacked]
-    notices += [*(notices_of(skeleton, how, device) if how else []), *_not_here(recipe, gpu=gpu)]
+    notices += [
+        *(notices_of(skeleton, how, device) if how else []),
+        *_not_here(recipe, gpu=bool(gpu)),
+    ]
     linears = [(site.outputs, site.inputs) for site in quantizable(skeleton)]
     longest = recipe.data.max_length
     steps = Steps.of(dataset, recipe.train, packing, recipe.seed, runtime, max_length=longest)
@@ -189,8 +192,8 @@ def make(
         steps.trained_share,
         quantization=how,
         optimizer=optimizer,
-        offload=gpu and recipe.train.gradient_checkpointing == "offload",
-        gpu=gpu,
+        offload=bool(gpu) and recipe.train.gradient_checkpointing == "offload",
+        gpu=bool(gpu),
     )
     steps, setup = settle(shape, setup, steps, free, recipe.train.gradient_checkpointing)
     return Plan(
@@ -252,7 +255,7 @@ def _traced(
     recipe: Recipe,
     longest: int,
     packing: Packing,
-    gpu: bool,
+    gpu: tuple[int, int] | None,
     notices: list[Notice],
 ) -> Trace:
     """Count what the layers keep; roughly, with a notice, where a model cannot be run on meta."""
