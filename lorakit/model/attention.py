@@ -29,6 +29,9 @@ from lorakit.model.attention_kernels import (
 from lorakit.model.families import KNOWN, is_known
 
 NAME = "lorakit_documents"
+# What keeps as much as transformers' flash attention, which cannot run on the meta device: SDPA in
+# its place, given no mask. For a name with "flash" transformers would load a package.
+LIKE_FLASH = "lorakit_unmasked"
 
 
 def can_pack(model: PreTrainedModel | PretrainedConfig) -> str | None:
@@ -172,3 +175,5 @@ def _run_by_run(
 
 AttentionInterface.register(NAME, document_attention)
 AttentionMaskInterface.register(NAME, document_mask)
+AttentionInterface.register(LIKE_FLASH, sdpa_attention_forward)
+AttentionMaskInterface.register(LIKE_FLASH, lambda **_: None)

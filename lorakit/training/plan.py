@@ -20,7 +20,7 @@ from lorakit.data.prepare import Dataset
 from lorakit.environment import cache_folder
 from lorakit.errors import BadInput, Notice
 from lorakit.model import base as base_models
-from lorakit.model.attention import NAME, can_pack
+from lorakit.model.attention import LIKE_FLASH, NAME, can_pack
 from lorakit.model.base import Base
 from lorakit.model.families import is_llama_like
 from lorakit.model.quantized import Quantization
@@ -260,10 +260,10 @@ def _traced(
 ) -> Trace:
     """Count what the layers keep; roughly, with a notice, where a model cannot be run on meta."""
     attention = recipe.model.attention
-    fused = attention in ("auto", "flash")
     try:
-        if not fused or can_pack(skeleton) is None:
-            skeleton.set_attn_implementation(NAME if fused else attention)
+        if attention != "auto" or can_pack(skeleton) is None:
+            names = {"auto": NAME, "flash": LIKE_FLASH}
+            skeleton.set_attn_implementation(names.get(attention, attention))
         return trace(skeleton, longest, packed=bool(packing), gpu=gpu)
     except Exception as error:  # anything that a family's own code may raise
         kind = skeleton.config.model_type
