@@ -175,10 +175,7 @@ def make(
     gpu = card.capability if card else capability(device)
     packing, unpacked = _packing(recipe, method, skeleton)
     notices = [*base.notices, *unusual(recipe), *coverage, *dataset.notices, *replaced, *unpacked]
-    notices += [
-        *(notices_of(skeleton, how, device) if how else []),
-        *_not_here(recipe, gpu=bool(gpu)),
-    ]
+    notices += [*(notices_of(skeleton, how, device) if how else []), *_not_here(recipe, gpu)]
     linears = [(site.outputs, site.inputs) for site in quantizable(skeleton)]
     longest = recipe.data.max_length
     steps = Steps.of(dataset, recipe.train, packing, recipe.seed, runtime, max_length=longest)
@@ -300,7 +297,7 @@ def _warmup(recipe: Recipe, steps: int) -> list[Notice]:
     return [Notice("recipe.unusual-value", message, where, help)]
 
 
-def _not_here(recipe: Recipe, *, gpu: bool) -> list[Notice]:
+def _not_here(recipe: Recipe, gpu: tuple[int, int] | None) -> list[Notice]:
     """Return notices on what a device cannot do for a recipe."""
     if gpu or recipe.train.gradient_checkpointing != "offload":
         return []

@@ -1,13 +1,16 @@
 """The low-rank product against plain autograd, and its backward against finite differences."""
 
+import gc
 import itertools
+from weakref import ref
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorakit.adapters import _linear
+from lorakit.adapters import _copies, _linear
+from lorakit.adapters._copies import stacked
 from lorakit.adapters._linear import (
     LowRank,
     Product,
@@ -310,3 +313,43 @@ def test_some_rows_are_merged_as_in_the_whole():
     _, weight, _, A, B = case((1,), 16, 12, 4, dtype=torch.float32)
     update, rows = LowRank(A, B, 1.5), slice(3, 8)
     assert torch.equal(added_to(weight[rows], update, rows), added_to(weight, update)[rows])
+
+
+HALF = torch.bfloat16
+
+
+def test_a_copy_is_the_factors_rounded_once():
+    draw = torch.Generator().manual_seed(0)
+    A, B, C = (torch.randn(size, 8, generator=draw) for size in (3, 5, 2))
+    assert torch.equal(stacked([A, B], HALF), torch.cat([A, B]).to(HALF))
+    assert torch.equal(stacked([C], HALF, 0.7), (C * 0.7).to(HALF))
+    assert stacked([A], torch.float32).dtype is torch.float32
+    assert A not in _copies._copies or _copies._copies[A].tensor.dtype is HALF
+
+
+def test_a_copy_holds_until_a_factor_changes():
+    draw = torch.Generator().manual_seed(0)
+    A, B = (torch.randn(4, 8, generator=draw) for _ in range(2))
+    one = stacked([A, B], HALF)
+    assert stacked([A, B], HALF) is one
+    B.mul_(2)
+    assert torch.equal(stacked([A, B], HALF), torch.cat([A, B]).to(HALF))
+    A.data = torch.ones_like(A)
+    assert torch.equal(stacked([A, B], HALF), torch.cat([A, B]).to(HALF))
+    other = B.clone()
+    assert torch.equal(stacked([A, other], HALF, 0.5), torch.cat([A, other]).mul(0.5).to(HALF))
+    assert torch.equal(stacked([A], HALF), A.to(HALF))
+
+
+def test_copies_are_kept_only_where_they_are_narrower_and_as_long_as_their_factors():
+    A, B = torch.ones(4, 8), torch.ones(4, 8)
+    assert stacked([A, B], torch.float32) is not stacked([A, B], torch.float32)
+    assert A not in _copies._copies
+    with torch.inference_mode():
+        assert stacked([A, B], HALF).is_inference()
+    assert A not in _copies._copies
+    gone = ref(stacked([A, B], HALF))
+    assert gone() is not None
+    del A
+    gc.collect()
+    assert gone() is None
