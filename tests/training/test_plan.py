@@ -108,6 +108,25 @@ def test_kernels_are_compiled_where_that_pays(
     assert replace(plan, setup=replace(plan.setup, gpu=True)).compiled
 
 
+@pytest.mark.parametrize(
+    ("family", "attention", "said"),
+    [
+        ("llama", "auto", ", kernels compiled"),
+        ("llama", "sdpa", ", the loss compiled"),
+        ("gpt2", "auto", ", the loss compiled"),
+    ],
+)
+def test_what_is_compiled_is_said_as_it_is(
+    tmp_path: Path, family: str, attention: str, said: str
+) -> None:
+    write_tiny_model(tmp_path / "model", family)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "the capital of", "completion": "France"}\n')
+    plan = planned(tmp_path, train={"compile": True}, model={"attention": attention})
+    assert any(line.endswith(said) for _, line in summary.lines(plan))
+    whole = replace(plan, shape=replace(plan.shape, whole_logits=True))
+    assert any(line.endswith("compiled") for _, line in summary.lines(whole)) is plan.lean
+
+
 def test_a_run_that_goes_on_keeps_its_automatic_choices(folder: Path) -> None:
     plan = planned(folder)
     assert plan.setup.recomputed == 0
