@@ -22,6 +22,7 @@ from lorakit.errors import BadInput, EnvironmentLacks, RunFailed
 from lorakit.host import available_bytes, highest_bytes, resident_bytes, usable_cores
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+NATIVE_BF16 = (8, 0)  # from which compute capability on a GPU is fast at it
 # Of <malloc.h>: sizes from which memory is mapped apart, and from which it is given back.
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 # The workspaces with which cuBLAS gives equal bits. torch itself takes as much on a Hopper GPU and
@@ -255,10 +256,20 @@ def best_dtype(device: torch.device) -> torch.dtype:
     Else fp16 on a GPU, fp32 on a CPU.
     """
     if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
+        native = torch.cuda.get_device_capability(device) >= NATIVE_BF16
         return torch.bfloat16 if native else torch.float16
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if fast else torch.float32
+
+
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """Return the compute capability of a GPU, None for a device that is none."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def has_flash_kernels() -> bool:
+    """Tell whether torch was built with its flash attention for GPUs."""
+    return torch.backends.cuda.is_flash_attention_available()
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -24,6 +24,7 @@ from lorakit.training.trace import trace
 README = ROOT / "README.md"
 MARKS = "<!-- memory: scripts/make_memory_table.py -->", "<!-- end of memory -->"
 TOKENS, RANK = 2048, 16
+GPU = (9, 0)  # compute capability
 # Hidden, MLP, layers, heads, key heads, vocabulary, and whether both ends share their weight.
 BASES = {
     "Llama-3.2-1B": (2048, 8192, 16, 32, 8, 128256, True),
@@ -61,7 +62,7 @@ def shape_of(name: str) -> Shape:
     settings = adapters.settings_for("lora")
     method = adapters.get("lora")(settings.model_validate({"rank": RANK}))
     adapters.attach(method, model, method.sites(find_sites(model)), seed=0)
-    return Shape.of(model, trace(model, TOKENS, packed=True, gpu=True), linears)
+    return Shape.of(model, trace(model, TOKENS, packed=True, gpu=GPU), linears)
 
 
 def table() -> str:

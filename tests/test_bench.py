@@ -13,6 +13,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.source_tree import ROOT
 from tests.tiny import write_tiny_model
@@ -84,6 +85,44 @@ def test_the_results_hold_what_the_table_shows(harness: tuple[dict[str, Any], st
     assert readme.endswith(f"{MARKS[1]}\nafter\n")
     assert "old" not in readme
     assert not re.search(r"/tmp|/root|/home", json.dumps(results["configs"]))
+
+
+def test_the_roof_of_a_gpu_is_timed_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over products as tall as a micro-batch, many between two events, without a wait for each."""
+    roof, configs = script("roof", monkeypatch), script("configs", monkeypatch)
+    calls, waits = 0, []
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = calls
+
+        def synchronize(self) -> None:
+            waits.append(self.at)
+
+        def elapsed_time(self, later: "Event") -> float:
+            return 2.0 * (later.at - self.at)  # milliseconds
+
+    def call() -> None:
+        nonlocal calls
+        calls += 1
+
+    monkeypatch.setattr(roof.torch.cuda, "Event", Event)
+    assert roof.fastest_in_series(call, 0.1) == pytest.approx(0.002)
+    assert waits[0] == 2
+    assert waits[1] - waits[0] == roof.SERIES
+    calls, waits = 0, []
+    assert roof.fastest_in_series(call, 0.01) == pytest.approx(0.002)
+    assert waits[1] - waits[0] == 5  # no longer than was asked for
+    g1 = next(config for config in configs.GPU if config.id == "G1")
+    assert g1.micro_batch_tokens == 4 * 2048
+    sizes = {"hidden": 8, "mlp": 12, "keys": 4, "layers": 2, "vocabulary": 20}
+    tall = [
+        shape["shape"][0] for shape in roof.rate(sizes, torch.float32, "cpu", 1e-3, 6)["shapes"]
+    ]
+    assert tall == [6, 6, 6, 6, roof.HEAD_TOKENS]
 
 
 def test_an_arm_with_other_losses_is_disqualified(monkeypatch: pytest.MonkeyPatch) -> None:

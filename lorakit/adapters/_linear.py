@@ -14,7 +14,7 @@ Products that read the same x are one node as well: their A's are one matrix, an
 is summed in place. x itself may be made of what is kept (`model/elementwise.py`), so that a norm or
 a gate before the products costs no memory. A base of any other kind is called as a module.
 
-A and B are fp32 masters; they are cast to the dtype of x where they are used.
+A and B are fp32 masters; what is read are copies in the dtype of x (`_copies.py`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from lorakit.adapters._copies import stacked
 from lorakit.model.elementwise import Itself, Source
 from lorakit.model.frozen import dense_weight, is_frozen_linear
 
@@ -160,17 +161,18 @@ class _Products(torch.autograd.Function):
         masks = [_mask(one, ctx.seen, G[0].device, call.dropout) for one in drawn]
         of = [(g, update) for g, (_, update) in zip(G, call.of, strict=True) if update]
         Q = [g @ _scaled(update, call, g.dtype) for g, update in of]
+        whole = Q if masks or len(Q) < 2 else [torch.cat(Q, dim=1)]
         x: Tensor | None = None
         grad_inputs: Sequence[Tensor | None] = [None] * call.arity
         if need_x:
-            grad_x = _grad_of_x(G, Q, call, masks)
+            grad_x = _grad_of_x(G, whole, call, masks)
             x, grad_inputs = call.source.backward(grad_x, *inputs, *kept)
         elif need_A:
             x, _ = call.source.forward(*inputs)
         grad_factors: list[Tensor | None] = [None] * len(need_factors)
         if need_A and x is not None:
             made = not isinstance(call.source, Itself)
-            grad_factors[::2] = _grad_of_A(Q, x, masks, in_place=made)
+            grad_factors[::2] = _grad_of_A(whole, x, call, masks, in_place=made)
         if need_B:
             # The narrow factor first: it is the one that is turned around in memory.
             grad_factors[1::2] = [
@@ -218,34 +220,35 @@ def _linear(x: Tensor, base: Any, update: Any, xA: Any, call: _Call) -> Tensor:
 
 def _scaled(update: LowRank, call: _Call, dtype: torch.dtype) -> Tensor:
     """Return s · B, rounded once."""
-    return (update.B * call.scale(update)).to(dtype)
+    return stacked([update.B], dtype, call.scale(update))
 
 
 def _narrow(x: Tensor, updates: Sequence[LowRank], masks: Sequence[Tensor]) -> Sequence[Tensor]:
     """Return x Aᵀ of each update, (rows, r): views of one product where all see the same x."""
-    if masks:
-        return [
-            (x * mask) @ A.to(x.dtype).t() for (A, _, _), mask in zip(updates, masks, strict=True)
-        ]
     if not updates:
         return []
-    return torch.split(x @ _stacked(updates, x.dtype).t(), [len(A) for A, _, _ in updates], dim=1)
-
-
-def _stacked(updates: Sequence[LowRank], dtype: torch.dtype) -> Tensor:
-    """Return all A's as one matrix, (sum of the ranks, inputs)."""
-    return torch.cat([A for A, _, _ in updates]).to(dtype)
+    As, ranks = stacked([A for A, _, _ in updates], x.dtype), [len(A) for A, _, _ in updates]
+    if masks:
+        each = zip(torch.split(As, ranks), masks, strict=True)
+        return [(x * mask) @ A.t() for A, mask in each]
+    return torch.split(x @ As.t(), ranks, dim=1)
 
 
 def _grad_of_x(
     G: Sequence[Tensor], Q: Sequence[Tensor], call: _Call, masks: Sequence[Tensor]
 ) -> Tensor:
-    """Return the sum of G W over the bases and of Q A over the updates, (rows, inputs)."""
+    """Return the sum of G W over the bases and of Q A over the updates, (rows, inputs).
+
+    Without masks the Q's are one matrix, (rows, sum of the ranks).
+    """
     total: Tensor | None = None
-    for q, (A, _, _), mask in zip(Q, call.updates, masks, strict=False):
-        part = (q @ A.to(q.dtype)).mul_(mask)
-        total = part if total is None else total.add_(part)
-    for left, right in _terms(G, Q, call, masks):
+    As = stacked([A for A, _, _ in call.updates], Q[0].dtype) if Q else None
+    if masks and As is not None:
+        for q, A, mask in zip(Q, torch.split(As, [q.shape[1] for q in Q]), masks, strict=True):
+            part = (q @ A).mul_(mask)
+            total = part if total is None else total.add_(part)
+        As = None
+    for left, right in _terms(G, Q, As, call):
         total = left @ right if total is None else total.addmm_(left, right)
     if total is None:
         raise ValueError("a call without a base and without an update")
@@ -253,22 +256,25 @@ def _grad_of_x(
 
 
 def _terms(
-    G: Sequence[Tensor], Q: Sequence[Tensor], call: _Call, masks: Sequence[Tensor]
+    G: Sequence[Tensor], Q: Sequence[Tensor], As: Tensor | None, call: _Call
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the factors of each product in the gradient of x that no mask comes after."""
-    if Q and not masks:
-        yield torch.cat(list(Q), dim=1), _stacked(call.updates, Q[0].dtype)
+    """Yield the factors of each product in the gradient of x that no mask comes after.
+
+    `As` are all A's as one matrix, (sum of the ranks, inputs), None where masks come after them.
+    """
+    if As is not None:
+        yield Q[0], As
     for g, (base, _) in zip(G, call.of, strict=True):
         if base is not None:
             yield g, dense_weight(base)
 
 
 def _grad_of_A(
-    Q: Sequence[Tensor], x: Tensor, masks: Sequence[Tensor], *, in_place: bool
+    Q: Sequence[Tensor], x: Tensor, call: _Call, masks: Sequence[Tensor], *, in_place: bool
 ) -> Sequence[Tensor]:
     """Return Qᵀ x of each update, (r, inputs); x made for this alone is masked in place at last."""
     if masks:
         *others, last = masks
         grads = [q.t() @ (x * mask) for q, mask in zip(Q, others, strict=False)]
         return [*grads, Q[-1].t() @ (x.mul_(last) if in_place else x * last)]
-    return torch.split(torch.cat(list(Q), dim=1).t() @ x, [q.shape[1] for q in Q])
+    return torch.split(Q[0].t() @ x, [len(A) for A, _, _ in call.updates])

@@ -13,6 +13,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from lorakit import runtime
+
 # Documents up to this long are faster by batched products than by the fused kernels of CPUs, which
 # convert all they read; in fp32 those win. With AMX only in the backward pass.
 GROUPED_TOKENS, GROUPED_TOKENS_AMX = 2048, 512
@@ -20,8 +22,14 @@ TILE = 128  # tokens, whose scores stay in a core's cache
 # Up to so many tokens documents are taken as long as the next multiple of STEP: those of about one
 # length share products, and the CPU's library keeps a kernel of 0.3 MB for each shape it has met.
 ROUNDED_TOKENS, STEP = 512, 16
-# What the variable-length kernel of GPUs takes.
+# What the variable-length kernel of GPUs takes, and from which compute capability on there is one.
 HALVES, HEAD_DIM, HEAD_STEP = (torch.float16, torch.bfloat16), 256, 8
+FLASH = (8, 0)
+# Heads whose backward pass does not fit into the shared memory of GPUs that are no server's.
+WIDE_HEADS, SMALL_GPUS = (
+    range(193, 225),
+    (*((8, minor) for minor in range(6, 10)), (12, 0), (12, 1)),
+)
 
 
 @dataclass(frozen=True)
@@ -31,12 +39,13 @@ class Documents:
     `runs` are (count, length): (2, 5), (1, 3) are two documents of 5 tokens and one of 3.
     `bounds` says where documents begin and end in all rows laid end to end, int32 (documents + 1),
     on devices whose kernel asks for it; `sorted` is how batched products take them, where documents
-    differ.
+    differ. `capability` is that of the GPU they are for, None on a CPU.
     """
 
     runs: tuple[tuple[int, int], ...]
     bounds: Tensor | None = None
     sorted: "Sorted | None" = None
+    capability: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, lengths: tuple[int, ...], rows: int, device: torch.device) -> Self:
@@ -44,8 +53,12 @@ class Documents:
         runs = tuple((sum(1 for _ in run), length) for length, run in groupby(lengths))
         if device.type == "cpu":
             return cls(runs, None, Sorted.of(lengths * rows) if len(runs) > 1 else None)
+        capability = runtime.capability(device)
+        if not (has_flash(capability) and runtime.has_flash_kernels()):
+            return cls(runs, capability=capability)
         ends = torch.tensor([0, *(lengths * rows)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return cls(runs, ends.pin_memory().to(device, non_blocking=True))
+        bounds = ends.pin_memory().to(device, non_blocking=True)
+        return cls(runs, bounds, capability=capability)
 
     @property
     def in_a_row(self) -> int:
@@ -265,11 +278,19 @@ def kernel_for(
 
     On meta, where only shapes count, that of the device that `documents` was made for.
     """
-    if query.device.type == "cpu" or (query.is_meta and documents.bounds is None):
+    if query.device.type == "cpu" or (query.is_meta and documents.capability is None):
         return None if window else OnHost(documents, scale)
     dim = query.shape[-1]
     serves = query.dtype in HALVES and dim <= HEAD_DIM and dim % HEAD_STEP == 0
-    return OnDevice(documents, scale, window) if serves and documents.bounds is not None else None
+    if documents.bounds is None or not serves:
+        return None
+    refused = dim in WIDE_HEADS and documents.capability in SMALL_GPUS
+    return None if refused else OnDevice(documents, scale, window)
+
+
+def has_flash(capability: tuple[int, int] | None) -> bool:
+    """Tell whether torch has flash attention for a GPU of this compute capability."""
+    return capability is not None and capability >= FLASH
 
 
 def _rounded(length: int) -> int:

@@ -18,22 +18,34 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _fuses = False
+_fusables: list[Callable[..., Any]] = []
 
 
 def fuse_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Let torch.compile make one kernel of each function here; return why not, after a trial.
+    """Let torch.compile make one kernel of each function here; return why not, after trying all.
 
     Then, and after `keep_kernels_apart`, the functions run as they stand.
     """
     global _fuses
     _fuses = True
     try:
-        trial = torch.ones(4, 8, device=device, dtype=dtype)
-        silu_gate(trial, trial)
+        _try_all(device, dtype)
     except Exception as error:  # a missing compiler shows itself in many ways
         _fuses = False
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return None
+
+
+@torch.no_grad()  # as in a run, which then need not compile again
+def _try_all(device: torch.device, dtype: torch.dtype) -> None:
+    """Call every function that can be fused once."""
+    x, weight = (torch.ones(size, device=device, dtype=dtype) for size in ((4, 8), (8,)))
+    _, scale = rms_norm(x, weight, 1e-5)
+    rms_norm_backward(x, x, weight, scale)
+    silu_gate(x, x)
+    silu_gate_backward(x, x, x)
+    rotated(x.view(1, 2, 2, 8), x[None, :2], x[None, :2])
+    softmax_nll(x.clone(), torch.zeros(4, 1, device=device, dtype=torch.long))
 
 
 def keep_kernels_apart() -> None:
@@ -43,6 +55,8 @@ def keep_kernels_apart() -> None:
 
 
 def _fusable(function: Callable[P, R]) -> Callable[P, R]:
+    _fusables.append(function)
+
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         chosen: Callable[P, R] = _compiled(function) if _fuses else function

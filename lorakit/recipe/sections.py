@@ -211,8 +211,9 @@ class Train(Section):
     )
     compile: bool | Literal["auto"] = Field(
         "auto",
-        description="make one kernel of the operations between matrix products; auto: in models "
-        "like Llama, on a GPU, and on a CPU in long runs that are not in fp32",
+        description="make one kernel of the operations between matrix products, in models unlike "
+        "Llama of the loss's alone; auto: in models like Llama, on a GPU, and on a CPU in long "
+        "runs that are not in fp32",
     )
     deterministic: bool = Field(False, description="bit-equal runs on CUDA too, slower")
     on_oom: Literal["stop", "halve"] = Field(

@@ -139,10 +139,12 @@ def estimate(shape: Shape, setup: Setup) -> Memory:
     paged = setup.optimizer.startswith("paged")
     activations, logits = _activations(shape, setup)
     buffer = max(map(prod, shape.linears), default=0) * shape.dtype.itemsize
+    narrow = shape.dtype.itemsize
+    copies = narrow if narrow < 4 else 0  # of what is trained, in the dtype that is computed in
     inputs = sum(layer.input(setup.tokens) for layer in shape.trace.layers[: setup.recomputed])
     parts = {
         "weights": weight_bytes(shape, setup.quantization),
-        "adapters": 4 * shape.trainable,
+        "adapters": (4 + copies) * shape.trainable,
         "grads": 4 * shape.trainable,
         "optimizer": 0 if paged else states,
         "activations": activations,

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from lorakit.errors import EnvironmentLacks, Notice, RunFailed
 from lorakit.recipe.sections import Optimizer, Train
@@ -172,6 +173,10 @@ def take_step(optimizer: torch.optim.Optimizer, spoilt: Tensor) -> None:
         optimizer.step()
     elif not spoilt:
         optimizer.step()
+    # Fused kernels and bitsandbytes' do not tell autograd, whose count of changes says which copies
+    # of the factors still hold (`adapters/_copies.py`).
+    for group in optimizer.param_groups:
+        increment_version(group["params"])
 
 
 def state_tensors(

@@ -20,15 +20,15 @@ from lorakit.data.prepare import Dataset
 from lorakit.environment import cache_folder
 from lorakit.errors import BadInput, Notice
 from lorakit.model import base as base_models
-from lorakit.model.attention import NAME, can_pack
+from lorakit.model.attention import LIKE_FLASH, NAME, can_pack
 from lorakit.model.base import Base
-from lorakit.model.families import is_llama_like
+from lorakit.model.families import is_known, is_llama_like
 from lorakit.model.quantized import Quantization
 from lorakit.model.quantizer import notices_of, quantizable
 from lorakit.model.sites import Site, find_sites, uneven
 from lorakit.recipe.rules import unusual
 from lorakit.recipe.sections import Recipe
-from lorakit.runtime import Runtime, resolve_dtype
+from lorakit.runtime import Runtime, capability, resolve_dtype
 from lorakit.training import checks, optim
 from lorakit.training.fitting import Change, cheapest, settle
 from lorakit.training.memory import Memory, Setup, Shape, estimate
@@ -91,6 +91,12 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.memory.total <= self.free_bytes
+
+    @property
+    def lean(self) -> bool:
+        """Whether lean twins stand in for the layers."""
+        known = is_known(self.base.config) and is_llama_like(self.base.config)
+        return known and self.recipe.model.attention == "auto"
 
     @property
     def compiled(self) -> bool:
@@ -172,10 +178,10 @@ def make(
         dataset = data or prepare_data(recipe, base, tokenizer, permissions)
     # What is saved beside the adapter is the template that its rows were rendered with.
     tokenizer.chat_template = dataset.chat_template
-    gpu = card is not None or runtime.is_gpu
+    gpu = card.capability if card else capability(device)
     packing, unpacked = _packing(recipe, method, skeleton)
     notices = [*base.notices, *unusual(recipe), *coverage, *dataset.notices, *replaced, *unpacked]
-    notices += [*(notices_of(skeleton, how, device) if how else []), *_not_here(recipe, gpu=gpu)]
+    notices += [*(notices_of(skeleton, how, device) if how else []), *_not_here(recipe, gpu)]
     linears = [(site.outputs, site.inputs) for site in quantizable(skeleton)]
     longest = recipe.data.max_length
     steps = Steps.of(dataset, recipe.train, packing, recipe.seed, runtime, max_length=longest)
@@ -189,8 +195,8 @@ def make(
         steps.trained_share,
         quantization=how,
         optimizer=optimizer,
-        offload=gpu and recipe.train.gradient_checkpointing == "offload",
-        gpu=gpu,
+        offload=bool(gpu) and recipe.train.gradient_checkpointing == "offload",
+        gpu=bool(gpu),
     )
     steps, setup = settle(shape, setup, steps, free, recipe.train.gradient_checkpointing)
     return Plan(
@@ -252,15 +258,15 @@ def _traced(
     recipe: Recipe,
     longest: int,
     packing: Packing,
-    gpu: bool,
+    gpu: tuple[int, int] | None,
     notices: list[Notice],
 ) -> Trace:
     """Count what the layers keep; roughly, with a notice, where a model cannot be run on meta."""
     attention = recipe.model.attention
-    fused = attention in ("auto", "flash")
     try:
-        if not fused or can_pack(skeleton) is None:
-            skeleton.set_attn_implementation(NAME if fused else attention)
+        if attention != "auto" or can_pack(skeleton) is None:
+            names = {"auto": NAME, "flash": LIKE_FLASH}
+            skeleton.set_attn_implementation(names.get(attention, attention))
         return trace(skeleton, longest, packed=bool(packing), gpu=gpu)
     except Exception as error:  # anything that a family's own code may raise
         kind = skeleton.config.model_type
@@ -297,7 +303,7 @@ def _warmup(recipe: Recipe, steps: int) -> list[Notice]:
     return [Notice("recipe.unusual-value", message, where, help)]
 
 
-def _not_here(recipe: Recipe, *, gpu: bool) -> list[Notice]:
+def _not_here(recipe: Recipe, gpu: tuple[int, int] | None) -> list[Notice]:
     """Return notices on what a device cannot do for a recipe."""
     if gpu or recipe.train.gradient_checkpointing != "offload":
         return []

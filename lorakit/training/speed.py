@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from lorakit.errors import BadInput, EnvironmentLacks, one_of
-from lorakit.runtime import DTYPES, Runtime
+from lorakit.runtime import DTYPES, NATIVE_BF16, Runtime
 from lorakit.training.memory import GIB, Setup, Shape
 
 # What of the rate of large products a whole step reaches. On a CPU 0.68 was seen with fp32 on a
@@ -19,12 +19,19 @@ SHARE_OF_MEASURED, SHARE_OF_PUBLISHED = 0.65, 0.5
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU by its maker's data sheet: bytes, and dense 16-bit FLOP/s with fp32 sums."""
+    """A GPU by its maker's data sheet: bytes, and dense 16-bit FLOP/s with fp32 sums.
+
+    `capability` is the compute capability; one that is known by its memory alone is taken as new.
+    """
 
     name: str
     memory: int
     flops: float | None = None
-    bf16: bool = True
+    capability: tuple[int, int] = (9, 0)
+
+    @property
+    def bf16(self) -> bool:
+        return self.capability >= NATIVE_BF16
 
     def takes(self, dtype: str) -> torch.dtype:
         """Return what `model.dtype` means on it.
@@ -43,26 +50,26 @@ class Card:
         return DTYPES[dtype]
 
 
-def _card(name: str, gib: int, teraflops: float, *, bf16: bool = True) -> Card:
-    return Card(name, gib * GIB, teraflops * 1e12, bf16)
+def _card(name: str, gib: int, teraflops: float, capability: tuple[int, int]) -> Card:
+    return Card(name, gib * GIB, teraflops * 1e12, capability)
 
 
 CARDS = {
     card.name.lower(): card
     for card in (
-        _card("T4", 16, 65, bf16=False),
-        _card("V100", 32, 125, bf16=False),
-        _card("RTX 3090", 24, 71),
-        _card("RTX 4090", 24, 165),
-        _card("RTX 5090", 32, 210),
-        _card("A10", 24, 125),
-        _card("L4", 24, 121),
-        _card("A6000", 48, 155),
-        _card("L40S", 48, 362),
-        _card("A100-40GB", 40, 312),
-        _card("A100-80GB", 80, 312),
-        _card("H100", 80, 989),
-        _card("H200", 141, 989),
+        _card("T4", 16, 65, (7, 5)),
+        _card("V100", 32, 125, (7, 0)),
+        _card("RTX 3090", 24, 71, (8, 6)),
+        _card("RTX 4090", 24, 165, (8, 9)),
+        _card("RTX 5090", 32, 210, (12, 0)),
+        _card("A10", 24, 125, (8, 6)),
+        _card("L4", 24, 121, (8, 9)),
+        _card("A6000", 48, 155, (8, 6)),
+        _card("L40S", 48, 362, (8, 9)),
+        _card("A100-40GB", 40, 312, (8, 0)),
+        _card("A100-80GB", 80, 312, (8, 0)),
+        _card("H100", 80, 989, (9, 0)),
+        _card("H200", 141, 989, (9, 0)),
     )
 }
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(GiB|GB|G|MiB|MB)?", re.IGNORECASE)

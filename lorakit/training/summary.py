@@ -108,8 +108,15 @@ def _split(plan: Plan) -> str:
     return (
         f"micro-batches of up to {plan.steps.micro_batch_tokens:,} tokens, "
         f"{some if recomputed else 'no layer'} computed again in the backward pass"
-        f"{', kernels compiled' if plan.compiled else ''}"
+        f"{_compiled(plan)}"
     )
+
+
+def _compiled(plan: Plan) -> str:
+    """Say what is compiled: what runs between products belongs to lean twins, the loss to more."""
+    if plan.compiled and plan.lean:
+        return ", kernels compiled"
+    return ", the loss compiled" if plan.compiled and plan.shape.way == "ready" else ""
 
 
 def gib(memory: Memory) -> str:

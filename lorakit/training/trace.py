@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lorakit.model.attention import NAME
-from lorakit.model.attention_kernels import Documents
+from lorakit.model.attention_kernels import Documents, has_flash
 from lorakit.model.families import decoder_layers
 
 
@@ -82,10 +82,12 @@ class Trace:
     before: Line
 
 
-def trace(model: PreTrainedModel, length: int, *, packed: bool, gpu: bool = False) -> Trace:
+def trace(
+    model: PreTrainedModel, length: int, *, packed: bool, gpu: tuple[int, int] | None = None
+) -> Trace:
     """Count what an adapted model on the meta device does with rows of `length` tokens.
 
-    `gpu` says whether it would run on one, which has kernels of its own.
+    `gpu` is the compute capability of that on which it would run, which has kernels of its own.
     """
     one, two = (_Run(model, rows, length, packed=packed, gpu=gpu) for rows in (1, 2))
 
@@ -198,7 +200,13 @@ class _Run:
     _entry: Any = None  # where the first layer's input came from, and its gradient
 
     def __init__(
-        self, model: PreTrainedModel, rows: int, length: int, *, packed: bool, gpu: bool
+        self,
+        model: PreTrainedModel,
+        rows: int,
+        length: int,
+        *,
+        packed: bool,
+        gpu: tuple[int, int] | None,
     ) -> None:
         self.account = Account(model)
         self.gpu = gpu
@@ -281,14 +289,15 @@ class _Run:
 
 
 def _inputs(
-    model: PreTrainedModel, rows: int, length: int, *, packed: bool, gpu: bool
+    model: PreTrainedModel, rows: int, length: int, *, packed: bool, gpu: tuple[int, int] | None
 ) -> dict[str, Any]:
     shape = (1, rows * length) if packed else (rows, length)
     ids = torch.empty(shape, dtype=torch.long, device="meta")
     inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     if model.config._attn_implementation == NAME:
-        bounds = torch.empty(rows + 1, dtype=torch.int32, device="meta") if gpu else None
-        inputs["documents"] = Documents(((rows if packed else 1, length),), bounds)
+        runs = ((rows if packed else 1, length),)
+        bounds = torch.empty(rows + 1, dtype=torch.int32, device="meta") if has_flash(gpu) else None
+        inputs["documents"] = Documents(runs, bounds, capability=gpu)
     return inputs
 
 

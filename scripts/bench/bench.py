@@ -87,10 +87,15 @@ class Bench:
         """Return where the files of a configuration are."""
         return self.work / config.id
 
-    def roof(self, seconds: float) -> dict[str, Any]:
-        """Return the rates of matrix products of the model's shapes."""
+    def roof(self, seconds: float, config: Config | None = None) -> dict[str, Any]:
+        """Return the rates of matrix products of the model's shapes, as tall as a configuration's.
+
+        Without one they are as tall as is usual on a CPU.
+        """
         say("the roof: matrix products")
         job = {"sizes": self.facts["sizes"], "device": self.device, "seconds": seconds}
+        if config:
+            job["tokens"] = max(4, config.micro_batch_tokens // self.shrink)
         done = self.run(sys.executable, "roof.py", job, "roof")
         return {**done.last_json(), "roof_busy": done.busy}
 

@@ -62,6 +62,12 @@ class Config:
     started: bool = False  # B starts at random values instead of zero, so that A has a gradient
     text: bool = False  # tokens of the support data, not random ones
 
+    @property
+    def micro_batch_tokens(self) -> int:
+        """The tokens of the largest micro-batch that the first arm is asked for."""
+        rows = self.arms[0].options.get("rows", len(self.lengths))
+        return sum(sorted(self.lengths, reverse=True)[:rows])
+
 
 @dataclass(frozen=True)
 class Goal:

@@ -84,7 +84,7 @@ def speed(options: argparse.Namespace, name: str) -> dict[str, Any]:
         return {"error": reason, "arms": []}
     bench = bench_of(options, "8b", warm=3, timed=20, seconds=35.0)
     prepare(bench, "8b", [config])
-    found = {**heading(bench), **bench.roof(0.05)}
+    found = {**heading(bench), **bench.roof(0.05, config)}
     return {**found, "configs": [bench.measured(config)]}
 
 
@@ -176,7 +176,7 @@ def peers(options: argparse.Namespace) -> dict[str, Any]:
         bench.peers = python
         bench.no_peers = note
         if "roof" not in found:
-            found = {**heading(bench), **bench.roof(0.02), **found}
+            found = {**heading(bench), **bench.roof(0.02, config), **found}
         found["configs"].append(bench.measured(config, arms))
     return found
 

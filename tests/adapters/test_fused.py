@@ -1,14 +1,20 @@
 """Lean twins of decoder layers: the same loss and gradients as the layers, with less kept."""
 
+from collections import Counter
+from collections.abc import Iterable
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from lorakit import adapters
+from lorakit.model import attention
 from lorakit.model.families import KNOWN, LLAMA_LIKE, llama_layers
+from lorakit.model.inputs import forward_inputs
 from lorakit.model.loss import token_loss, token_scores
 from tests.adapters.adapted import put_on, scramble
 from tests.model.batches import documents, packed, padded
@@ -146,6 +152,65 @@ def test_generation_runs_the_layers_own_forward() -> None:
     out = model.generate(given, attention_mask=torch.ones_like(given), **asked)
     twins_off(model)
     assert torch.equal(out, model.generate(given, attention_mask=torch.ones_like(given), **asked))
+
+
+VIEWS = """
+    view t transpose slice split split_with_sizes unsqueeze detach alias _unsafe_view chunk expand
+    empty empty_like select promote_types
+""".split()
+
+
+class Counted(TorchDispatchMode):
+    """Counts what is computed, and how often a master is read for it."""
+
+    def __init__(self, masters: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.masters = {tensor.data_ptr() for tensor in masters}
+        self.operations: Counter[str] = Counter()
+        self.reads = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation._overloadpacket.__name__
+        if name not in VIEWS:
+            self.operations[name] += 1
+            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+            self.reads += any(tensor.data_ptr() in self.masters for tensor in tensors)
+        return operation(*args, **(kwargs or {}))
+
+
+class NoKernel:
+    """In place of attention, whose operations depend on the CPU."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return torch.empty_like(q), []
+
+    def backward(self, grad: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in kept[:3])
+
+
+def operations(layers: int) -> tuple[Counter[str], Counter[str]]:
+    """Return what a model of bf16 computes, forward and backward, after its first micro-batch."""
+    model, method, _ = put_on(known_model("llama", num_hidden_layers=layers).bfloat16(), "lora")
+    for layer in adapters.layers_of(model):
+        layer.float()
+    scramble(model, method)
+    trained = adapters.trainable(model).values()
+    inputs = forward_inputs(model, packed(documents(6, 6)))
+    for _ in range(2):
+        with Counted(trained) as forward:
+            hidden = model.base_model(**inputs)[0]
+        with Counted(trained) as backward:
+            hidden.backward(torch.ones_like(hidden))
+    assert (forward.reads, backward.reads) == (0, 0)
+    return forward.operations, backward.operations
+
+
+def test_a_layer_computes_no_more_than_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each operation is a launch on a GPU: more than time allows where micro-batches are small."""
+    monkeypatch.setattr(attention, "kernel_for", lambda *_: NoKernel())
+    (forward, backward), (less, back) = operations(3), operations(2)
+    assert (forward - less).total() <= 48, forward - less
+    assert (backward - back).total() <= 109, backward - back
 
 
 def test_names_do_not_know_of_twins() -> None:

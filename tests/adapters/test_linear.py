@@ -1,14 +1,21 @@
 """The low-rank product against plain autograd, and its backward against finite differences."""
 
+import gc
 import itertools
+import random
+from collections import Counter
+from typing import NamedTuple
+from weakref import ref
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorakit.adapters import _linear
+from lorakit.adapters import _copies, _linear
+from lorakit.adapters._copies import stacked
 from lorakit.adapters._linear import (
+    ITSELF,
     LowRank,
     Product,
     add_low_rank,
@@ -16,8 +23,8 @@ from lorakit.adapters._linear import (
     low_rank_linear,
     products,
 )
+from lorakit.model.elementwise import Gated, Normed
 
-SHAPES = ((3,), (2, 3), (0,), (2, 0), (1, 1, 4))
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}
 
 
@@ -69,31 +76,108 @@ class Opaque(nn.Module):
         return self.inner(x)
 
 
-def needs() -> list[tuple[bool, bool, bool]]:
-    """Return which of x, A, B are trained: every choice but none."""
-    return [choice for choice in itertools.product((True, False), repeat=3) if any(choice)]
+class Configuration(NamedTuple):
+    """What is multiplied: `sites` are (outputs, rank, bias), without an update where rank is 0."""
+
+    rows: tuple[int, ...]
+    inputs: int
+    sites: tuple[tuple[int, int, bool], ...]
+    kind: str  # of the bases: linear, conv1d, opaque, or none, where the update is added alone
+    source: str
+    residual: bool
+    layout: str
+    trained: tuple[bool, bool, bool]  # inputs, A and B
 
 
-@pytest.mark.parametrize("rows", SHAPES)
-@pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded"])
-def test_gradients_are_those_of_finite_differences(rows, layout):
-    """Over ranks, sizes, bases, signs and choices of what is trained: 315 cases in all."""
-    cases = itertools.product([(4, 3, 1), (3, 5, 2), (2, 2, 8)], needs())
-    for index, ((inputs, outputs, rank), wanted) in enumerate(cases):
-        kind = ("linear", "conv1d", "opaque")[(index + len(rows)) % 3]
-        scale = (0.7, -1.3)[index % 2]
-        x, weight, bias, A, B = case(rows, inputs, outputs, rank, layout=layout, seed=index)
-        base = linear(weight, bias if index % 4 else None, kind == "conv1d")
-        base = Opaque(base) if kind == "opaque" else base
-        # An expanded tensor writes to one place many times: finite differences cannot vary it.
-        wanted = (wanted[0] and layout != "expanded", *wanted[1:])
-        leaves = [t.detach().requires_grad_(w) for t, w in zip((x, A, B), wanted, strict=True)]
+def drawn(draw: random.Random) -> Configuration:
+    kind = draw.choice(("linear", "linear", "conv1d", "opaque", "none"))
+    source = (
+        draw.choice(("itself", "normed", "gated")) if kind in ("linear", "conv1d") else "itself"
+    )
+    count = draw.choice((1, 1, 2, 3)) if kind in ("linear", "conv1d") else 1
+    sites = [(draw.randint(1, 5), draw.randint(0, 4), draw.random() < 0.5) for _ in range(count)]
+    sites[0] = (sites[0][0], draw.randint(1, 4), sites[0][2])  # one that has an update at least
+    trained = draw.choice(TRAINED)
+    # An expanded tensor writes to one place many times: finite differences cannot vary it.
+    layout = draw.choice(("contiguous", "transposed", *(() if trained[0] else ("expanded",))))
+    return Configuration(
+        draw.choice(((1,), (3,), (2, 2), (1, 1, 3))),
+        draw.randint(1, 5),
+        tuple(sites),
+        kind,
+        source,
+        kind == "none" or (count == 1 and kind != "opaque" and draw.random() < 0.5),
+        layout,
+        trained,
+    )
 
-        def product(x, A, B, base=base, scale=scale, kind=kind):
-            return low_rank_linear(x, base, LowRank(A, B, scale))
 
-        if any(wanted):
-            assert torch.autograd.gradcheck(product, leaves, eps=1e-6, atol=1e-7, rtol=1e-6)
+TRAINED = [choice for choice in itertools.product((True, False), repeat=3) if any(choice)]
+COUNT, PARTS = 200, 10
+NO_ROWS = (
+    Configuration((0,), 3, ((2, 1, True),), "linear", "normed", True, "contiguous", (True,) * 3),
+    Configuration((2, 0), 3, ((2, 1, True),), "opaque", "itself", False, "contiguous", (True,) * 3),
+)
+
+
+def configurations() -> list[Configuration]:
+    """Return so many that no two have the same shapes."""
+    draw, found = random.Random(0), {}
+    while len(found) < COUNT:
+        one = drawn(draw)
+        shapes = one.rows, one.inputs, tuple(site[:2] for site in one.sites)
+        found.setdefault(shapes, one)
+    return list(found.values())
+
+
+def test_finite_differences_are_taken_of_every_kind():
+    found = configurations()
+    for field in ("kind", "source", "residual", "layout", "trained"):
+        counts = Counter(getattr(one, field) for one in found)
+        assert min(counts.values()) >= 15, counts
+    together = Counter((one.source, len(one.sites), one.residual) for one in found)
+    assert len(together) == 12, together  # a residual goes with one site
+    assert min(together.values()) >= 4, together
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_gradients_are_those_of_finite_differences(part):
+    extra = NO_ROWS if part == 0 else ()
+    for number, one in enumerate([*configurations()[part::PARTS], *extra]):
+        check_gradients(one, seed=100 * part + number)
+
+
+def check_gradients(one: Configuration, seed: int) -> None:
+    inputs = [
+        case(one.rows, one.inputs, 1, 1, seed=seed + extra, layout=one.layout)[0]
+        for extra in range(1 + (one.source == "gated"))
+    ]
+    weight = 1 + 0.1 * case((), one.inputs, 1, 1, seed=seed)[0]
+    source = {"itself": ITSELF, "normed": Normed(weight, 1e-5), "gated": Gated()}[one.source]
+    bases, factors, scales = [], [], []
+    for place, (outputs, rank, biased) in enumerate(one.sites):
+        _, W, bias, A, B = case((1,), one.inputs, outputs, rank, seed=seed + 10 * place)
+        base = linear(W, bias if biased else None, one.kind == "conv1d")
+        bases.append(None if one.kind == "none" else base)
+        factors += [A, B] if rank else []
+        scales.append((0.7, -1.3)[place % 2] if rank else None)
+    added = [case(one.rows, outputs, 1, 1, seed=seed + 5)[0]] if one.residual else []
+    leaves = [
+        *(x.detach().requires_grad_(one.trained[0]) for x in (*inputs, *added)),
+        *(t.requires_grad_(one.trained[1 + place % 2]) for place, t in enumerate(factors)),
+    ]
+
+    def product(*tensors):
+        given = list(tensors)
+        xs = [given.pop(0) for _ in inputs]
+        residual = given.pop(0) if added else None
+        updates = [LowRank(given.pop(0), given.pop(0), s) if s else None for s in scales]
+        if one.kind == "opaque":
+            return low_rank_linear(xs[0], Opaque(bases[0]), updates[0])
+        of = [Product(base, update) for base, update in zip(bases, updates, strict=True)]
+        return products(xs, of, source=source, added=residual)
+
+    assert torch.autograd.gradcheck(product, leaves, eps=1e-6, atol=1e-7, rtol=1e-6), one
 
 
 def test_a_mask_that_is_drawn_again_is_the_same(monkeypatch):
@@ -310,3 +394,43 @@ def test_some_rows_are_merged_as_in_the_whole():
     _, weight, _, A, B = case((1,), 16, 12, 4, dtype=torch.float32)
     update, rows = LowRank(A, B, 1.5), slice(3, 8)
     assert torch.equal(added_to(weight[rows], update, rows), added_to(weight, update)[rows])
+
+
+HALF = torch.bfloat16
+
+
+def test_a_copy_is_the_factors_rounded_once():
+    draw = torch.Generator().manual_seed(0)
+    A, B, C = (torch.randn(size, 8, generator=draw) for size in (3, 5, 2))
+    assert torch.equal(stacked([A, B], HALF), torch.cat([A, B]).to(HALF))
+    assert torch.equal(stacked([C], HALF, 0.7), (C * 0.7).to(HALF))
+    assert stacked([A], torch.float32).dtype is torch.float32
+    assert A not in _copies._copies or _copies._copies[A].tensor.dtype is HALF
+
+
+def test_a_copy_holds_until_a_factor_changes():
+    draw = torch.Generator().manual_seed(0)
+    A, B = (torch.randn(4, 8, generator=draw) for _ in range(2))
+    one = stacked([A, B], HALF)
+    assert stacked([A, B], HALF) is one
+    B.mul_(2)
+    assert torch.equal(stacked([A, B], HALF), torch.cat([A, B]).to(HALF))
+    A.data = torch.ones_like(A)
+    assert torch.equal(stacked([A, B], HALF), torch.cat([A, B]).to(HALF))
+    other = B.clone()
+    assert torch.equal(stacked([A, other], HALF, 0.5), torch.cat([A, other]).mul(0.5).to(HALF))
+    assert torch.equal(stacked([A], HALF), A.to(HALF))
+
+
+def test_copies_are_kept_only_where_they_are_narrower_and_as_long_as_their_factors():
+    A, B = torch.ones(4, 8), torch.ones(4, 8)
+    assert stacked([A, B], torch.float32) is not stacked([A, B], torch.float32)
+    assert A not in _copies._copies
+    with torch.inference_mode():
+        assert stacked([A, B], HALF).is_inference()
+    assert A not in _copies._copies
+    gone = ref(stacked([A, B], HALF))
+    assert gone() is not None
+    del A
+    gc.collect()
+    assert gone() is None

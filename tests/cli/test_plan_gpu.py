@@ -81,6 +81,20 @@ def test_the_screen_is_the_one_that_was_agreed(models: Path, name: str) -> None:
     assert text == (SCREENS / f"{name}.txt").read_text(encoding="utf-8")
 
 
+def test_an_old_card_is_planned_with_its_own_kernels(models: Path) -> None:
+    """Torch's flash attention begins with the next generation; without it more is kept."""
+    path = write_model(models, "llama-70b")
+    options = ["-s", f"model.path={path}", "-s", "model.dtype=fp16", *LONG, "--json"]
+    memory = [
+        json.loads(CliRunner().invoke(app, ["plan", "llama7b-qv", *options, "--gpu", gpu]).stdout)[
+            "memory"
+        ]
+        for gpu in ("V100", "32GiB")
+    ]
+    old, new = (part["activations"] for part in memory)
+    assert old > new
+
+
 def test_the_recipe_that_is_written_fits(models: Path, tmp_path: Path) -> None:
     path = write_model(models, "llama-70b")
     options = ["-s", f"model.path={path}", *LONG, "--gpu", "48GiB"]

@@ -1,5 +1,7 @@
 """Packed attention: equal to separate rows, blind across documents, equal to SDPA elsewhere."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,8 +9,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from lorakit import runtime
 from lorakit.model import attention
-from lorakit.model.attention_kernels import STEP, TILE, Documents, OnHost, grouped_gradients
+from lorakit.model.attention_kernels import (
+    STEP,
+    TILE,
+    Documents,
+    OnDevice,
+    OnHost,
+    grouped_gradients,
+    has_flash,
+    kernel_for,
+)
 from lorakit.model.checkpointing import checkpoint_layers
 from lorakit.model.families import KNOWN
 from lorakit.model.inputs import forward_inputs
@@ -204,6 +216,60 @@ def test_half_precision_attention_of_any_documents_is_that_of_each_alone(
             error = (one[part].float() - theirs).norm() / theirs.norm().clamp(min=1)
             assert error < 0.02
         at += length
+
+
+T4, A10, H100, RTX_5090 = (7, 5), (8, 6), (9, 0), (12, 0)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dim", "served"),
+    [
+        (None, 64, OnHost),
+        (T4, 64, None),
+        (A10, 64, OnDevice),
+        (A10, 192, OnDevice),
+        (A10, 200, None),
+        (RTX_5090, 224, None),
+        (RTX_5090, 256, OnDevice),
+        (H100, 200, OnDevice),
+        (H100, 68, None),
+        (H100, 264, None),
+    ],
+)
+def test_a_kernel_is_taken_where_the_gpu_has_it(
+    capability: tuple[int, int] | None, dim: int, served: type | None
+) -> None:
+    bounds = torch.empty(2, dtype=torch.int32, device="meta")
+    laid = Documents(((1, 10),), bounds if has_flash(capability) else None, capability=capability)
+    query = torch.empty(10, 4, dim, dtype=torch.float16, device="meta")
+    kernel = kernel_for(query, laid, 0.1, None)
+    assert kernel is None if served is None else type(kernel) is served
+
+
+@pytest.mark.parametrize(("capability", "built"), [(T4, True), (H100, False)])
+def test_without_flash_attention_documents_run_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], built: bool
+) -> None:
+    """By a kernel that keeps no scores: it asks for as many heads of keys as of queries."""
+    monkeypatch.setattr(runtime, "capability", lambda _: capability)
+    monkeypatch.setattr(runtime, "has_flash_kernels", lambda: built)
+    laid = Documents.of((5, 3), 1, torch.device("meta"))
+    assert laid.capability == capability
+    assert laid.bounds is None
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(8, heads, 4, generator=generator) for heads in (4, 2, 2))
+    assert kernel_for(q.to("meta"), laid, 0.3, None) is None
+    asked: list[tuple[int, bool]] = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def noted(query: Tensor, key: Tensor, *rest: Any, enable_gqa: bool, **named: Any) -> Tensor:
+        asked.append((key.shape[1] - query.shape[1], enable_gqa))
+        return real(query, key, *rest, enable_gqa=enable_gqa, **named)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", noted)
+    out = attention._run_by_run(q, k, v, laid, 0.3, None, 0.0)
+    assert asked == [(0, False), (0, False)]
+    torch.testing.assert_close(out, attention.attend(q, k, v, Documents(laid.runs), scale=0.3))
 
 
 def test_documents_of_about_one_length_share_a_shape() -> None:

@@ -93,6 +93,23 @@ def test_compiled_every_function_is_itself(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("_apart")
+@pytest.mark.parametrize("name", [function.__name__ for function in elementwise._fusables])
+def test_a_function_that_cannot_be_compiled_is_found_before_the_run(
+    monkeypatch: Any, name: str
+) -> None:
+    def compiled(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+        def refused(*_: Any, **__: Any) -> Any:
+            raise RuntimeError("no kernel")
+
+        return refused if function.__name__ == name else function
+
+    elementwise._compiled.cache_clear()
+    monkeypatch.setattr(torch, "compile", compiled)
+    assert elementwise.fuse_kernels(CPU, torch.float32) == "RuntimeError: no kernel"
+    elementwise._compiled.cache_clear()
+
+
+@pytest.mark.usefixtures("_apart")
 def test_without_a_compiler_functions_run_as_they_stand(monkeypatch: Any) -> None:
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no compiler\nand more")

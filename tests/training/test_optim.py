@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from lorakit.adapters._copies import stacked
 from lorakit.errors import EnvironmentLacks, RunFailed
 from lorakit.recipe.sections import Optimizer, Train
 from lorakit.storage.tensors import TensorFile, write_tensors
@@ -41,6 +42,20 @@ def test_warm_up_ends_at_the_highest_rate(schedule: str, steps: int) -> None:
 # Those that a CPU has.
 NAMES = ("adamw", "adamw_8bit", "lion_8bit", "sgd", "adafactor")
 PLENTY = 1 << 40
+
+
+def test_after_a_step_the_copies_of_its_factors_are_new(name: Optimizer) -> None:
+    """Fused kernels change a tensor behind autograd's back."""
+    named = tensors()
+    optimizer, A = made(name, named, rate=0.1), named["A"]
+    before = stacked([A], torch.bfloat16)
+    assert stacked([A], torch.bfloat16) is before
+    for parameter in named.values():
+        parameter.grad = torch.ones_like(parameter)
+    optim.take_step(optimizer, torch.zeros(()))
+    after = stacked([A], torch.bfloat16)
+    assert torch.equal(after, A.bfloat16())
+    assert not torch.equal(after, before)
 
 
 @pytest.fixture(params=NAMES)

@@ -19,7 +19,7 @@ from lorakit.training import plan as plans
 from lorakit.training.checkpoint import Checkpoint, State
 from lorakit.training.folder import RunFolder
 from lorakit.training.plan import Permissions, Plan, make
-from tests.tiny import tiny_config, write_tiny_model
+from tests.tiny import known_model, tiny_config, tiny_tokenizer, write_tiny_model
 
 ALONE = Runtime(torch.device("cpu"))
 
@@ -108,6 +108,25 @@ def test_kernels_are_compiled_where_that_pays(
     assert replace(plan, setup=replace(plan.setup, gpu=True)).compiled
 
 
+@pytest.mark.parametrize(
+    ("family", "attention", "said"),
+    [
+        ("llama", "auto", ", kernels compiled"),
+        ("llama", "sdpa", ", the loss compiled"),
+        ("gpt2", "auto", ", the loss compiled"),
+    ],
+)
+def test_what_is_compiled_is_said_as_it_is(
+    tmp_path: Path, family: str, attention: str, said: str
+) -> None:
+    write_tiny_model(tmp_path / "model", family)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "the capital of", "completion": "France"}\n')
+    plan = planned(tmp_path, train={"compile": True}, model={"attention": attention})
+    assert any(line.endswith(said) for _, line in summary.lines(plan))
+    whole = replace(plan, shape=replace(plan.shape, way="whole"))
+    assert any(line.endswith("compiled") for _, line in summary.lines(whole)) is plan.lean
+
+
 def test_a_run_that_goes_on_keeps_its_automatic_choices(folder: Path) -> None:
     plan = planned(folder)
     assert plan.setup.recomputed == 0
@@ -120,6 +139,24 @@ def test_a_run_that_goes_on_keeps_its_automatic_choices(folder: Path) -> None:
     assert gone_on.setup.tokens == gone_on.steps.micro_batch_tokens < plan.steps.micro_batch_tokens
     changed = {"recipe.train.gradient_checkpointing": ("auto", False)}
     assert as_begun(plan, replace(resumed, changed=changed)).setup.recomputed == 0
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_flash_attention_is_planned_with_the_layers_own_forward(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int | None
+) -> None:
+    """It is transformers' own, which is given no documents: no twin runs, and norms are kept."""
+    monkeypatch.setattr(base_models, "is_flash_attn_2_available", lambda: True)
+    known_model("mistral", sliding_window=window).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "the capital of", "completion": "France"}\n')
+    plan = planned(tmp_path, model={"dtype": "bf16", "attention": "flash"}, adapter={"rank": 4})
+    text = plan.base.config
+    d, f, heads = text.hidden_size, text.intermediate_size, text.num_attention_heads
+    kv = d // heads * text.num_key_value_heads
+    kept = plan.shape.trace.layers[1].saved.slope
+    assert kept == 16 * d + 8 * f + 4 * kv + 4 * heads + 14 * 4 + 8
+    assert kept > planned(tmp_path, model={"dtype": "bf16"}).shape.trace.layers[1].saved.slope
 
 
 def test_a_model_that_cannot_be_traced_is_planned_all_the_same(

@@ -15,6 +15,7 @@ from tests.tiny import tiny_config
 from tests.training.shapes import adapted, llama
 
 LENGTH = 12
+GPU = (9, 0)  # compute capability
 QV = ["q_proj", "v_proj"]
 
 
@@ -90,7 +91,7 @@ def test_a_layer_keeps_what_the_formulas_say(lean: bool, targets: Any, per_token
     if not lean:
         for each in decoder_layers(model):
             del each.forward
-    layer = trace(model, 64, packed=True, gpu=True).layers[1]
+    layer = trace(model, 64, packed=True, gpu=GPU).layers[1]
     terms = (term.split() for term in per_token.split(" + "))
     formula = sum(int(n) * (widths[width[0]] if width else 1) for n, *width in terms)
     assert layer.saved.slope == formula
@@ -106,11 +107,22 @@ def test_a_layer_keeps_what_the_formulas_say(lean: bool, targets: Any, per_token
 def test_a_gpu_keeps_no_masks() -> None:
     config = llama(512, 1792, 2, 8, 2, 320)
     dropped, plain = (
-        trace(adapted(config, "meta", torch.bfloat16, rank=4, dropout=p), 64, packed=True, gpu=True)
+        trace(adapted(config, "meta", torch.bfloat16, rank=4, dropout=p), 64, packed=True, gpu=GPU)
         for p in (0.1, 0.0)
     )
     assert dropped.layers[1].saved.slope == plain.layers[1].saved.slope
     assert dropped.layers[1].peak.slope == pytest.approx(plain.layers[1].peak.slope, rel=0.1)
+
+
+def test_a_gpu_without_flash_attention_keeps_keys_and_values_of_every_head() -> None:
+    config = llama(512, 1792, 2, 8, 2, 320)
+    old, new = (
+        trace(adapted(config, "meta", torch.float16, rank=4), 64, packed=True, gpu=capability)
+        for capability in ((7, 5), GPU)
+    )
+    # No scores, which would grow with the length; the outputs again, where they lie end to end.
+    more = old.layers[1].saved.slope - new.layers[1].saved.slope
+    assert more == 2 * 2 * (512 - 128) + 2 * 512
 
 
 def test_what_cannot_be_traced_is_guessed_from_its_widths() -> None:
@@ -118,7 +130,7 @@ def test_what_cannot_be_traced_is_guessed_from_its_widths() -> None:
     model = adapted(config, "meta", torch.bfloat16, rank=4)
     for each in decoder_layers(model):
         del each.forward  # such a family has no twins
-    traced, guess = trace(model, 64, packed=False, gpu=True), plain_trace(config, torch.bfloat16)
+    traced, guess = trace(model, 64, packed=False, gpu=GPU), plain_trace(config, torch.bfloat16)
     assert len(guess.layers) == len(traced.layers)
     for name in ("input", "saved", "peak", "forward", "backward"):
         seen = getattr(traced.layers[1], name).slope
