@@ -34,9 +34,10 @@ VARIABLES = {
 # libgomp's own 300,000; beside two busy processes 64 at 1,000, 36 at 10,000, 29 at 30,000.
 SPINS, SPINS_SHARED = 30_000, 1_000
 # How many kernels oneDNN keeps for the shapes it has met, and how many of them torch keeps once
-# more. Their own number is 1,024 each, a kernel is 0.3 MB, and rows of text have another shape in
-# each step: the quick start grew from 1.0 to 1.8 GiB. A step of the most varied rows has 200; where
-# oneDNN keeps fewer it makes all of them again in each layer (0.3 ms each; torch's own 10 us).
+# more. Their own number is 1,024 each, a kernel is 0.3 to 0.7 MB, and rows of text have another
+# shape in each step: the quick start grew from 1.0 to 1.8 GiB. A step has 50 to 75, one of many long
+# rows 200; where oneDNN keeps fewer it makes all of them again in each layer, 0.3 ms each. What
+# torch lacks costs 10 us.
 KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "64"}
 
 
