@@ -35,8 +35,8 @@ VARIABLES = {
 SPINS, SPINS_SHARED = 30_000, 1_000
 # How many kernels oneDNN keeps for the shapes it has met, and how many of them torch keeps once
 # more. Their own number is 1,024 each, a kernel is 0.3 to 0.7 MB, and rows of text have another
-# shape in each step: the quick start grew from 1.0 to 1.8 GiB. A step has 50 to 75, one of many long
-# rows 200; where oneDNN keeps fewer it makes all of them again in each layer, 0.3 ms each. What
+# shape in each step: the quick start grew from 1.0 to 1.8 GiB. A step has 50 to 75, with many long
+# rows 200: where oneDNN keeps fewer it makes all of them again in each layer, 0.3 ms each. What
 # torch lacks costs 10 us.
 KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "64"}
 
