@@ -85,7 +85,8 @@ class RunFolder:
             differs = {name: pair for name, pair in differs.items() if pair[0] != pair[1]}
             checkpoint.check_allowed(self.resume, differs, allow_inexact=self.allow_inexact)
             self.changed = {**self.changed, **differs}
-            self.facts["resumes"][-1]["changed"] = dict(self.changed)
+            if self.is_main:  # which alone has begun to write
+                self.facts["resumes"][-1]["changed"] = dict(self.changed)
         self.note(**facts)
 
     def begin(self) -> None:

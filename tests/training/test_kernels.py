@@ -12,6 +12,8 @@ from lorakit.errors import BadInput, Interrupted
 from lorakit.model import elementwise, loss
 from lorakit.runtime import Runtime
 from lorakit.training import run
+from lorakit.training.checkpoint import newest
+from lorakit.training.folder import RunFolder
 from lorakit.training.run import choose_kernels, choose_loss
 from tests.model.test_loss import frozen, stand_in
 from tests.training.test_loop import ALONE, carry_out, folder
@@ -122,6 +124,17 @@ def test_all_processes_take_the_same_kernels(monkeypatch: pytest.MonkeyPatch) ->
     assert choose_loss(plan, ALONE, frozen("llama"), None) == "liger"
     assert choose_loss(plan, Outvoted(CPU, 0, 2), frozen("llama"), None).startswith("own, as in")
     assert loss._liger is None
+
+
+def test_a_process_that_does_not_write_may_choose_too(folder: Path, tmp_path: Path) -> None:
+    begin(folder, tmp_path / "run")
+    found, _ = newest(tmp_path / "run/checkpoints")
+    before = noted(tmp_path / "run")
+    other = RunFolder(tmp_path / "run", False, {}, dict(before), found)
+    other.chose(compiled=before["compiled"])
+    with pytest.raises(BadInput):
+        other.chose(compiled=not before["compiled"])
+    assert noted(tmp_path / "run") == before
 
 
 def test_what_an_earlier_run_chose_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
