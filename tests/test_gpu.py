@@ -6,7 +6,8 @@ from torch import Tensor
 
 from lorakit import adapters
 from lorakit.model import attention, elementwise
-from lorakit.model.attention_kernels import Documents, OnDevice, kernel_for
+from lorakit.model.attention_kernels import OnDevice, kernel_for
+from lorakit.model.documents import Documents
 from lorakit.model.loss import token_loss
 from tests.adapters.adapted import put_on, scramble
 from tests.model.batches import documents, packed

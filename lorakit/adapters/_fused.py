@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from lorakit.adapters._layer import Adapted
 from lorakit.adapters._linear import ITSELF, Product, products
 from lorakit.model.attention import attend
-from lorakit.model.attention_kernels import Documents
+from lorakit.model.documents import Documents
 from lorakit.model.elementwise import Gated, Normed, Source, rms_normed, rotate
 from lorakit.model.families import llama_layers
 from lorakit.model.frozen import is_frozen_linear

@@ -19,13 +19,8 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from lorakit.model.attention_kernels import (
-    Documents,
-    OnDevice,
-    OnHost,
-    by_document,
-    kernel_for,
-)
+from lorakit.model.attention_kernels import OnDevice, OnHost, by_document, kernel_for
+from lorakit.model.documents import Documents
 from lorakit.model.families import KNOWN, is_known
 
 NAME = "lorakit_documents"

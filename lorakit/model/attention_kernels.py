@@ -7,119 +7,23 @@ fall into documents. What a kernel returns besides its output is kept for its ba
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate, groupby, pairwise
-from typing import Any, Self
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorakit import runtime
+from lorakit.model.documents import Documents, Sorted
 
 # Documents up to this long are faster by batched products than by the fused kernels of CPUs, which
 # convert all they read; in fp32 those win. With AMX only in the backward pass.
 GROUPED_TOKENS, GROUPED_TOKENS_AMX = 2048, 512
 TILE = 128  # tokens, whose scores stay in a core's cache
-# Up to so many tokens documents are taken as long as the next multiple of STEP: those of about one
-# length share products, and the CPU's library keeps a kernel of 0.3 MB for each shape it has met.
-ROUNDED_TOKENS, STEP = 512, 16
-# What the variable-length kernel of GPUs takes, and from which compute capability on there is one.
+# What the variable-length kernel of GPUs takes.
 HALVES, HEAD_DIM, HEAD_STEP = (torch.float16, torch.bfloat16), 256, 8
-FLASH = (8, 0)
 # Heads whose backward pass does not fit into the shared memory of GPUs that are no server's.
-WIDE_HEADS, SMALL_GPUS = (
-    range(193, 225),
-    (*((8, minor) for minor in range(6, 10)), (12, 0), (12, 1)),
-)
-
-
-@dataclass(frozen=True)
-class Documents:
-    """How each row of a batch falls into documents, the same way in every row.
-
-    `runs` are (count, length): (2, 5), (1, 3) are two documents of 5 tokens and one of 3.
-    `bounds` says where documents begin and end in all rows laid end to end, int32 (documents + 1),
-    on devices whose kernel asks for it; `sorted` is how batched products take them, where documents
-    differ. `capability` is that of the GPU they are for, None on a CPU.
-    """
-
-    runs: tuple[tuple[int, int], ...]
-    bounds: Tensor | None = None
-    sorted: "Sorted | None" = None
-    capability: tuple[int, int] | None = None
-
-    @classmethod
-    def of(cls, lengths: tuple[int, ...], rows: int, device: torch.device) -> Self:
-        """Describe rows that are made of documents of these lengths each."""
-        runs = tuple((sum(1 for _ in run), length) for length, run in groupby(lengths))
-        if device.type == "cpu":
-            return cls(runs, None, Sorted.of(lengths * rows) if len(runs) > 1 else None)
-        capability = runtime.capability(device)
-        if not (has_flash(capability) and runtime.has_flash_kernels()):
-            return cls(runs, capability=capability)
-        ends = torch.tensor([0, *(lengths * rows)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        bounds = ends.pin_memory().to(device, non_blocking=True)
-        return cls(runs, bounds, capability=capability)
-
-    @property
-    def in_a_row(self) -> int:
-        return sum(count for count, _ in self.runs)
-
-    @property
-    def longest(self) -> int:
-        return max(length for _, length in self.runs)
-
-    def within(self, tokens: int) -> Iterator[tuple[slice, int, int]]:
-        """Yield where each run lies in rows laid end to end, its count and its length."""
-        row = sum(count * length for count, length in self.runs)
-        rows = tokens // row if row else 0
-        runs = [(count * rows, length) for count, length in self.runs]
-        start = 0
-        for count, length in runs if len(runs) == 1 else self.runs * rows:
-            yield slice(start, start + count * length), count, length
-            start += count * length
-
-
-@dataclass(frozen=True)
-class Sorted:
-    """Documents by length, each with some more tokens at its end: those of about one length alike.
-
-    No token before them sees them, for attention is causal; what they see themselves is dropped.
-
-    Args:
-        documents: how all tokens fall into documents then.
-        sources: the token that stands at each place; behind a document its last one again.
-        added: the places that no document has.
-        places: where each token stands.
-    """
-
-    documents: Documents
-    sources: Tensor
-    added: Tensor
-    places: Tensor
-
-    @classmethod
-    def of(cls, lengths: tuple[int, ...]) -> Self:
-        """Sort documents of these lengths that lie end to end."""
-        wide = [_rounded(length) for length in lengths]
-        order = sorted(range(len(lengths)), key=wide.__getitem__)
-        starts, at = list(accumulate(lengths, initial=0)), 0
-        sources, added, places = [], [], torch.empty(starts[-1], dtype=torch.long)
-        for number in order:
-            start, length, end = starts[number], lengths[number], at + wide[number]
-            sources.append(torch.arange(start, start + wide[number]).clamp_(max=start + length - 1))
-            added.append(torch.arange(at + length, end))
-            torch.arange(at, at + length, out=places[start : start + length])
-            at = end
-        runs = tuple((sum(1 for _ in run), size) for size, run in groupby(wide[n] for n in order))
-        return cls(Documents(runs), torch.cat(sources), torch.cat(added), places)
-
-    def laid_out(self, states: Tensor) -> Tensor:
-        """Return (tokens, heads, dim) as (places, heads, dim)."""
-        return states.index_select(0, self.sources)
-
-    def taken_back(self, states: Tensor) -> Tensor:
-        """Return (places, heads, dim) as (tokens, heads, dim)."""
-        return states.index_select(0, self.places)
+WIDE_HEADS = range(193, 225)
+SMALL_GPUS = (*((8, minor) for minor in range(6, 10)), (12, 0), (12, 1))
 
 
 def grouped(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -286,15 +190,6 @@ def kernel_for(
         return None
     refused = dim in WIDE_HEADS and documents.capability in SMALL_GPUS
     return None if refused else OnDevice(documents, scale, window)
-
-
-def has_flash(capability: tuple[int, int] | None) -> bool:
-    """Tell whether torch has flash attention for a GPU of this compute capability."""
-    return capability is not None and capability >= FLASH
-
-
-def _rounded(length: int) -> int:
-    return -(-length // STEP) * STEP if length <= ROUNDED_TOKENS else length
 
 
 def by_document(states: Tensor, count: int, length: int) -> Tensor:

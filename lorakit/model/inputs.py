@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lorakit.model import attention
-from lorakit.model.attention_kernels import Documents
+from lorakit.model.documents import Documents
 
 MASKED = -100
 

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lorakit.model.attention import NAME
-from lorakit.model.attention_kernels import Documents, has_flash
+from lorakit.model.documents import Documents, has_flash
 from lorakit.model.families import decoder_layers
 
 

@@ -12,16 +12,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from lorakit import runtime
 from lorakit.model import attention
 from lorakit.model.attention_kernels import (
-    STEP,
     TILE,
-    Documents,
     OnDevice,
     OnHost,
     grouped_gradients,
-    has_flash,
     kernel_for,
 )
 from lorakit.model.checkpointing import checkpoint_layers
+from lorakit.model.documents import STEP, Documents, has_flash
 from lorakit.model.families import KNOWN
 from lorakit.model.inputs import forward_inputs
 from lorakit.model.loss import token_loss

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
-from lorakit.model.attention_kernels import Documents
+from lorakit.model.documents import Documents
 from lorakit.model.families import decoder_layers
 from lorakit.training.trace import Line, Trace, plain_trace, trace
 from tests.tiny import tiny_config
