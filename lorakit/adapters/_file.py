@@ -33,6 +33,8 @@ def save(
     sites: Sequence[Site],
     passport: Mapping[str, Any],
     tokenizer: Tokenizer | None = None,
+    *,
+    unchanged: bool = False,
 ) -> None:
     """Write the adapter of a model into a folder that the caller publishes.
 
@@ -45,6 +47,7 @@ def save(
             `revision` go into PEFT's settings) and `steps`: after the first one an adapter that
             changes nothing is a failure.
         tokenizer: written beside the adapter.
+        unchanged: it may still change nothing, for every step was skipped.
 
     Raises:
         RunFailed: `adapter.not-saved` when the folder does not hold what the model does,
@@ -76,7 +79,8 @@ def save(
     written[DIGEST] = sha256_json(written)
     with storage_errors(folder):
         (folder / PASSPORT).write_text(strict_json.dumps(written), encoding="utf-8")
-    _check(folder, method, model, tensors, steps=int(passport.get("steps", 0)))
+    steps = 0 if unchanged else int(passport.get("steps", 0))
+    _check(folder, method, model, tensors, steps=steps)
 
 
 def _common(

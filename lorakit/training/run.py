@@ -199,17 +199,22 @@ def save(run: Run) -> None:
             run.state,
             run.folder.pinned,
             optim.state_tensors(run.optimizer, names),
-            lambda path: save_adapter(run, path),
+            lambda path: save_adapter(run, path, unchanged=run.state.loss is None),
         )
         keep = run.plan.recipe.train.keep_checkpoints
         checkpoint.prune(run.folder.checkpoints, keep, run.state.best_step)
     run.runtime.wait()
 
 
-def save_adapter(run: Run, path: Path) -> None:
-    """Write the adapter with its passport into a folder that somebody else publishes."""
-    passport = passports.of_run(run.plan, run.state)
-    adapters.save(path, run.method, run.model, list(run.plan.sites), passport, run.plan.tokenizer)
+def save_adapter(run: Run, path: Path, *, unchanged: bool = False) -> None:
+    """Write the adapter with its passport into a folder that somebody else publishes.
+
+    `unchanged` lets it change nothing: a checkpoint may come while every step was skipped.
+    """
+    passport, sites = passports.of_run(run.plan, run.state), list(run.plan.sites)
+    adapters.save(
+        path, run.method, run.model, sites, passport, run.plan.tokenizer, unchanged=unchanged
+    )
 
 
 def outcome(run: Run) -> Outcome:

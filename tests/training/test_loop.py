@@ -471,6 +471,21 @@ def test_as_many_steps_may_be_skipped_as_the_recipe_allows(
         carry_out(folder, tmp_path / "two", **allowed)
 
 
+def test_a_checkpoint_may_come_before_any_step_that_is_not_skipped(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"on_non_finite": {"skip": 1}, "save_every": 1}
+    with spoilt_loss(monkeypatch, {1, 2}), pytest.raises(RunFailed, match="step 2"):
+        carry_out(folder, tmp_path / "run", **settings)
+    outcome, _, tensors = carry_out(folder, tmp_path / "run", "resume", **settings)
+    assert (outcome.steps, outcome.skipped) == (6, 1)
+    with spoilt_loss(monkeypatch, {1}):
+        _, _, whole = carry_out(folder, tmp_path / "whole", **settings)
+    assert all(torch.equal(whole[name], tensors[name]) for name in whole)
+    with spoilt_loss(monkeypatch, {1}), pytest.raises(RunFailed, match="changes nothing"):
+        carry_out(folder, tmp_path / "nothing", max_steps=1, **settings)
+
+
 def test_checkpoints_hold_adapters_that_can_be_used(folder: Path, tmp_path: Path) -> None:
     carry_out(folder, tmp_path / "run", save_every=2, keep_checkpoints=2)
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
