@@ -23,8 +23,8 @@ OVERHEAD, CONTEXT = 600 << 20, 500 << 20
 # On a CPU, beside tensors that are alive: what libraries keep once they have multiplied, and, as a
 # share of what comes and goes in a step, the gaps between tensors in the C library's heap. Measured
 # on glibc 2.36 as `lorakit train` sets it (`processes.tunables`): 8 MiB of code, 9 of scratch, and
-# gaps of 6 to 37 %, the larger ones in bf16 and where layers are many and small.
-LIBRARIES, GAPS = 17 << 20, 0.20
+# gaps of 6 to 32 %, the larger ones where layers are few. The middle of what two machines showed.
+LIBRARIES, GAPS = 17 << 20, 0.15
 # And what oneDNN and torch keep for the shapes that they have multiplied in bf16. A step of rows of
 # one length has 54: 74 MiB on AVX512-BF16, 43 on AMX. Others add more, up to `environment.KERNELS`.
 KERNELS = 64 << 20
