@@ -267,6 +267,13 @@ def capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor of the host on a device; on CUDA through pinned memory, without waiting."""
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def has_flash_kernels() -> bool:
     """Tell whether torch was built with its flash attention for GPUs."""
     return torch.backends.cuda.is_flash_attention_available()

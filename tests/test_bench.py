@@ -87,6 +87,15 @@ def test_the_results_hold_what_the_table_shows(harness: tuple[dict[str, Any], st
     assert not re.search(r"/tmp|/root|/home", json.dumps(results["configs"]))
 
 
+def test_a_table_of_some_configurations_takes_the_place_of_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = script("run", monkeypatch)
+    for given, place in (([], BENCH / "README.md"), (["--only", "C2", "C3"], None)):
+        monkeypatch.setattr(sys, "argv", ["run.py", *given])
+        assert run.arguments().readme == place
+
+
 def test_the_roof_of_a_gpu_is_timed_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over products as tall as a micro-batch, many between two events, without a wait for each."""
     roof, configs = script("roof", monkeypatch), script("configs", monkeypatch)

@@ -42,8 +42,7 @@ class Documents:
         if not (has_flash(capability) and runtime.has_flash_kernels()):
             return cls(runs, capability=capability)
         ends = torch.tensor([0, *(lengths * rows)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        bounds = ends.pin_memory().to(device, non_blocking=True)
-        return cls(runs, bounds, capability=capability)
+        return cls(runs, runtime.sent(ends, device), capability=capability)
 
     @property
     def in_a_row(self) -> int:

@@ -66,12 +66,12 @@ def head_of(model: PreTrainedModel) -> Head | None:
 
 def llama_layers(model: PreTrainedModel) -> list[nn.Module]:
     """Return the decoder layers of a model whose layers are Llama's, none of any other model."""
-    return decoder_layers(model) if is_known(model) and is_llama_like(model.config) else []
+    return decoder_layers(model) if is_llama_like(model.config) else []
 
 
 def is_llama_like(config: PretrainedConfig) -> bool:
-    """Tell whether a model's layers are Llama's, by its settings."""
-    return config.model_type in LLAMA_LIKE and config.hidden_act == "silu"
+    """Tell whether a model's layers are Llama's, in transformers' own code, by its settings."""
+    return _is_one_of(LLAMA_LIKE, config) and config.hidden_act == "silu"
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

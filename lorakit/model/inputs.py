@@ -67,10 +67,3 @@ def trained_places(labels: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]
     ahead[:, :-1] = labels.numpy()[:, 1:]
     places = np.flatnonzero(ahead != MASKED)
     return places, ahead.ravel()[places]
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of the host on a device; on CUDA through pinned memory, without waiting."""
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)

@@ -80,9 +80,8 @@ class RunFolder:
             BadInput: `checkpoint.changed`, when they are not and that was not allowed.
         """
         if self.resume:
-            before = {name: self.facts.get(name, now) for name, now in facts.items()}
-            differs = {name: (before[name], facts[name]) for name in facts}
-            differs = {name: pair for name, pair in differs.items() if pair[0] != pair[1]}
+            pairs = {name: (self.facts.get(name, now), now) for name, now in facts.items()}
+            differs = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
             checkpoint.check_allowed(self.resume, differs, allow_inexact=self.allow_inexact)
             self.changed = {**self.changed, **differs}
             if self.is_main:  # which alone has begun to write

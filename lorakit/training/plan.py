@@ -22,7 +22,7 @@ from lorakit.errors import BadInput, Notice
 from lorakit.model import base as base_models
 from lorakit.model.attention import LIKE_FLASH, NAME, can_pack
 from lorakit.model.base import Base
-from lorakit.model.families import is_known, is_llama_like
+from lorakit.model.families import is_llama_like
 from lorakit.model.quantized import Quantization
 from lorakit.model.quantizer import notices_of, quantizable
 from lorakit.model.sites import Site, find_sites, uneven
@@ -95,8 +95,7 @@ class Plan:
     @property
     def lean(self) -> bool:
         """Whether lean twins stand in for the layers."""
-        known = is_known(self.base.config) and is_llama_like(self.base.config)
-        return known and self.recipe.model.attention == "auto"
+        return is_llama_like(self.base.config) and self.recipe.model.attention == "auto"
 
     @property
     def compiled(self) -> bool:

@@ -146,8 +146,12 @@ def arguments() -> argparse.Namespace:
     add("--work", type=Path, default=cache / "bench")
     add("--peers", help="a Python with the peers; else an environment is made")
     add("--out", type=Path, help="the results' file; else results/cpu-DATE.json")
-    add("--readme", type=Path, default=HERE / "README.md", help="the file that gets the table")
-    return parser.parse_args()
+    add("--readme", type=Path, help="the file that gets the table; else README.md, where all ran")
+    options = parser.parse_args()
+    # A table of some configurations alone would take the place of what was measured of the others.
+    if options.readme is None and set(every) <= set(options.only):
+        options.readme = HERE / "README.md"
+    return options
 
 
 def main() -> None:
@@ -165,7 +169,7 @@ def main() -> None:
     out.write_text(text + "\n", encoding="utf-8")
     table = report.cpu(results)
     print(table)
-    if options.readme.is_file():
+    if options.readme:
         report.put(options.readme, table)
     say(f"wrote {out}")
 
