@@ -1,5 +1,6 @@
 """The command line: one file a command, registered here."""
 
+import gc
 import sys
 
 import typer
@@ -59,6 +60,7 @@ def main() -> None:
     except RunFailed as error:
         Screen("lorakit").fail(error)
         code = error.exit_code
+    gc.freeze()  # the process ends: nobody needs the garbage found among a million objects
     sys.exit(code)
 
 
