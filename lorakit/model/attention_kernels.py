@@ -78,11 +78,13 @@ def _tile(states: Tensor, rows: slice, groups: int) -> Tensor:
 
 
 def _probabilities(q: Tensor, k: Tensor, rows: slice, scale: float) -> Tensor:
-    """Return softmax(scale * q k + causal mask): (groups, heads of each * rows, keys)."""
-    tokens, keys = rows.stop - rows.start, k.shape[1]
-    future = torch.full((tokens, keys), float("-inf"), dtype=q.dtype, device=q.device)
-    mask = future.triu_(rows.start + 1).repeat(q.shape[1] // tokens, 1).expand(len(q), -1, -1)
-    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale)
+    """Return softmax(scale * q k) of causal attention: (groups, heads of each * rows, keys)."""
+    tokens = rows.stop - rows.start
+    scores = q.new_empty(*q.shape[:2], k.shape[1])
+    scores.baddbmm_(q, k.transpose(1, 2), beta=0, alpha=scale)
+    # Only keys as late as the rows themselves can be too late for one of them.
+    future = q.new_full((tokens, tokens), float("-inf")).triu_(1)
+    scores.view(len(q), -1, tokens, k.shape[1])[..., rows.start :].add_(future)
     return torch.softmax(scores, -1, out=scores)
 
 
