@@ -3,11 +3,13 @@
 #
 #   bash scripts/gpu_check.sh tests g1 g3 g5 quantised memory peers
 #
-# Each section ends within nine minutes, can be repeated, and leaves $OUT/SECTION.json (OUT: the
-# folder gpu-results by default). `memory` goes on after the rows that $EARLIER/memory.json has
-# (EARLIER: OUT by default). PYTHON is the interpreter with torch, transformers and peft.
-# BENCH_TINY=1 tries the scripts in seconds, on a CPU too. Exits 1 when something failed, did not
-# agree, or did not run.
+# Each section ends within MINUTES (8.5 by default; what they do not reach says so), can be
+# repeated, and leaves $OUT/SECTION.json (OUT: the folder gpu-results by default). `memory` goes on
+# after the rows that $EARLIER/memory.json has (EARLIER: OUT by default). PYTHON is the interpreter
+# with torch, transformers and peft. BENCH_TINY=1 tries the scripts in seconds, on a CPU too. Exits
+# 1 when something failed, did not agree, or did not run. In ten minutes of a machine:
+#
+#   MINUTES=3 bash scripts/gpu_check.sh tests g1 g3
 #
 # WHEELS is a folder with wheels of what the interpreter lacks, and of peers (trl…) for `peers`.
 # Where there is a network, for a machine with Python 3.12 on x86-64 (45 MiB):
@@ -21,7 +23,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 
 if [ $# -eq 0 ]; then
-    sed -n '2,21s/^# \{0,1\}//p' "$0"
+    sed -n '2,23s/^# \{0,1\}//p' "$0"
     exit 2
 fi
 python="${PYTHON:-python3}"
@@ -35,6 +37,6 @@ failed=0
 for section in "$@"; do
     echo "== $section"
     "$python" scripts/bench/gpu.py "$section" --out "$out" --earlier "${EARLIER:-$out}" \
-        ${wheels[@]:+--wheels "${wheels[0]}"} || failed=1
+        ${MINUTES:+--minutes "$MINUTES"} ${wheels[@]:+--wheels "${wheels[0]}"} || failed=1
 done
 exit "$failed"

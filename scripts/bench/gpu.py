@@ -26,7 +26,7 @@ import memory_grid
 import quantised
 import report
 import wheels
-from bench import ROOT, Bench, commit, say
+from bench import FEWEST, ROOT, Bench, commit, say
 
 sys.path.insert(0, str(ROOT))
 
@@ -82,7 +82,7 @@ def speed(options: argparse.Namespace, name: str) -> dict[str, Any]:
     config = next(config for config in configs.GPU if config.id == name)
     if name == "G5" and (reason := no_nf4()):
         return {"error": reason, "arms": []}
-    bench = bench_of(options, "8b", warm=3, timed=20, seconds=35.0)
+    bench = bench_of(options, "8b", warm=3, timed=20, seconds=min(35.0, 4 * options.minutes))
     prepare(bench, "8b", [config])
     found = {**heading(bench), **bench.roof(0.05, config)}
     return {**found, "configs": [bench.measured(config)]}
@@ -108,11 +108,11 @@ def tests(options: argparse.Namespace) -> dict[str, Any]:
     laws = bench.measured(configs.GPU_LAWS)
     found = {**heading(bench), **bench.roof(0.01), "configs": [laws]}
     wrong = [arm["name"] for arm in laws["arms"] if "error" in arm or arm.get("equal") is False]
-    return {**found, "not_equal": wrong, "pytest": pytest_gpu(options.work)}
+    return {**found, "not_equal": wrong, "pytest": pytest_gpu(options.work, bench.left)}
 
 
-def pytest_gpu(work: Path) -> dict[str, Any]:
-    """Run the tests that carry the marker gpu; where pytest is missing, say so."""
+def pytest_gpu(work: Path, seconds: float) -> dict[str, Any]:
+    """Run the tests that carry the marker gpu within seconds; where pytest is missing, say so."""
     if importlib.util.find_spec("pytest") is None:
         return {"error": "pytest is not installed on this machine"}
     files = sorted(str(file) for file in (ROOT / "tests").glob("test_gpu*.py"))
@@ -122,7 +122,7 @@ def pytest_gpu(work: Path) -> dict[str, Any]:
         ["env", "-C", str(ROOT), "OFFLINE=1", *command],
         work / "pytest",
         threads=len(os.sched_getaffinity(0)),
-        limit=300.0,
+        limit=max(FEWEST, seconds),
     )
     tail = (done.out + done.error).strip().splitlines()[-15:]
     passed = re.search(r"\b(\d+) passed\b", tail[-1] if tail else "")
