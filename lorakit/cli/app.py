@@ -47,7 +47,7 @@ def options(
 
 def main() -> None:
     """Run the command line and leave with its exit code; wrong usage is told as any other error."""
-    if sys.argv[1:2] == ["train"] or "--measure" in sys.argv:
+    if sys.argv[1:2] in (["train"], ["merge"]) or "--measure" in sys.argv:
         start_again(tunables())
     replace_closed()
     code = 0
