@@ -91,7 +91,7 @@ LATE_IMPORTS = {
     ("model/liger.py", "found"),
     ("model/quantized.py", "_library"),
     ("training/optim.py", "_library"),
-    ("data/source.py", "_from_hub"),
+    ("data/source.py", "_hub_table"),
     ("data/source.py", "_parquet"),
 }
 

@@ -26,6 +26,7 @@ from lorakit import __version__
 from lorakit.data.items import Request
 from lorakit.data.prepare import Dataset, longest_allowed, prepare, renderer_of
 from lorakit.data.report import Counts, Report
+from lorakit.data.source import digest
 from lorakit.data.tokens import MASKED, TABLE, Example, Examples, Prompt
 from lorakit.errors import LorakitError, Notice, Place
 from lorakit.storage import strict_json
@@ -94,14 +95,16 @@ def entries(cache: Path) -> dict[Path, int]:
 
 
 def _digests(request: Request) -> dict[str, str]:
-    """Return the digest of each source; none when one is no file, or the user's code reads it."""
-    found = {}
-    for source in itertools.chain(*request.sources):
-        path = request.folder / source.path
-        if ":" in (source.format or request.section.format) or not path.is_file():
-            return {}
-        found[source.path] = sha256_file(path)
-    return found
+    """Return the digest of each source; none when one is not there, or the user's code reads it."""
+    sources = list(itertools.chain(*request.sources))
+    if any(":" in (source.format or request.section.format) for source in sources):
+        return {}
+    try:
+        return dict(
+            digest(source, folder=request.folder, offline=request.offline) for source in sources
+        )
+    except LorakitError:
+        return {}  # whoever reads the rows says it
 
 
 def _code() -> str:

@@ -9,7 +9,7 @@ import numpy as np
 
 from lorakit.data import formats, user_code
 from lorakit.data.formats import Conversation, Format
-from lorakit.data.source import Loaded, load
+from lorakit.data.source import Loaded, digest, load
 from lorakit.errors import BadInput, Notice, Place
 from lorakit.recipe.sections import Data, Recipe, Source
 from lorakit.storage.redact import printable
@@ -95,8 +95,8 @@ def read(request: Request) -> Items:
         for number, source in enumerate(sources, first):
             format = _named(source, section.format, request.allow_local_code, notices)
             loaded = load(source, number, folder=request.folder, offline=request.offline)
+            digests.update([digest(source, folder=request.folder, offline=request.offline)])
             found += _conversations(loaded, _fitting(format, loaded), notices)
-            digests[source.path] = loaded.sha256
         return found
 
     train, kept = items(train_sources, 0), items(own, len(section.train))

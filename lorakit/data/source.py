@@ -4,12 +4,14 @@ Every row knows its file and line. Nothing is coerced: a number stays a number.
 """
 
 import csv
+import hashlib
 import io
 import json
 import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -19,7 +21,7 @@ from lorakit.errors import BadInput, EnvironmentLacks, Place, one_of
 from lorakit.recipe.sections import Source
 from lorakit.storage import strict_json
 from lorakit.storage.disk import storage_errors
-from lorakit.storage.hashing import sha256_file, sha256_json
+from lorakit.storage.hashing import sha256_file
 from lorakit.storage.paths import open_regular
 from lorakit.storage.redact import printable
 from lorakit.storage.text import MAX_BYTES
@@ -49,11 +51,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Loaded:
-    """The rows of one source, and the digest of what they were read from."""
+    """The rows of one source."""
 
     source: Source
     rows: tuple[Row, ...]
-    sha256: str
 
 
 def load(source: Source, number: int, *, folder: Path, offline: bool) -> Loaded:
@@ -66,10 +67,10 @@ def load(source: Source, number: int, *, folder: Path, offline: bool) -> Loaded:
     path = folder / os.path.expanduser(source.path)
     on_hub = _is_hub_id(source.path, folder)
     if on_hub:
-        rows, digest = _from_hub(source, offline)
+        rows = list(enumerate(_from_hub(source, offline), 1))
     else:
         found = list(islice(_reader(path)(path), _needed(source)))
-        rows, digest = found[_slice(source, len(found))], sha256_file(path)
+        rows = found[_slice(source, len(found))]
         if found and not rows:
             message = f"the split {source.split} leaves none of {len(found):,} rows"
             raise BadInput("data.empty", message, where=str(path))
@@ -77,9 +78,27 @@ def load(source: Source, number: int, *, folder: Path, offline: bool) -> Loaded:
         raise BadInput("data.empty", "the file is empty: it has no rows", where=str(path))
     taken = rows[: source.max_samples]
     name = source.path if on_hub else str(path)
-    return Loaded(
-        source, tuple(Row(value, Place(name, line), number) for line, value in taken), digest
-    )
+    return Loaded(source, tuple(Row(value, Place(name, line), number) for line, value in taken))
+
+
+def digest(source: Source, *, folder: Path, offline: bool) -> tuple[str, str]:
+    """Return what a source is called where there are several, and the digest of what it holds.
+
+    That of a file is of its bytes. That of the hub is of the rows asked for, as they lie on the
+    disk: one id has several subsets and splits.
+
+    Raises:
+        LorakitError: as `load` does, but for what a file holds.
+    """
+    if not _is_hub_id(source.path, folder):
+        path = folder / os.path.expanduser(source.path)
+        _reader(path)  # a pipe would never end
+        return source.path, sha256_file(path)
+    table = _from_hub(source, offline).with_format("arrow")[:]
+    found = hashlib.sha256(table.schema.serialize())
+    for batch in table.to_batches():
+        found.update(batch.serialize())
+    return " ".join(filter(None, (source.path, source.subset, source.split))), found.hexdigest()
 
 
 def check_found(source: Source, folder: Path) -> None:
@@ -248,31 +267,34 @@ _READERS: dict[str, Callable[[Path], Iterator[Numbered]]] = {
 }
 
 
-def _from_hub(source: Source, offline: bool) -> tuple[list[Numbered], str]:
-    """Read a data set of the hub, at the split asked for; scripts never run."""
+def _from_hub(source: Source, offline: bool) -> Any:
+    """Return the rows of a data set of the hub, at the split asked for."""
     if offline:
         raise EnvironmentLacks(
             "env.offline",
             f"'{source.path}' is no file here, and the hub cannot be reached offline",
             help="name a file (relative to the recipe), or run without --offline",
         )
+    table = _hub_table(source.path, source.subset, source.split or "train")
+    return table.select(range(min(len(table), source.max_samples or len(table))))
+
+
+@lru_cache(maxsize=16)
+def _hub_table(path: str, subset: str | None, split: str) -> Any:
+    """Return a mapped data set of the hub, asked for once a process; scripts never run."""
     # A second to import, for hub ids alone.
     datasets = import_module("datasets")
     try:
-        table = datasets.load_dataset(source.path, source.subset, split=source.split or "train")
+        return datasets.load_dataset(path, subset, split=split)
     except ConnectionError as error:
-        message = printable(str(error), 300)
-        raise EnvironmentLacks("env.offline", message, where=source.path) from None
+        raise EnvironmentLacks("env.offline", printable(str(error), 300), where=path) from None
     except (FileNotFoundError, ValueError, RuntimeError) as error:
         raise BadInput(
             "data.not-found",
             printable(str(error), 300),
-            where=source.path,
+            where=path,
             help="name a file (relative to the recipe), or a data set of the hub and its split",
         ) from None
-    needed = range(min(len(table), source.max_samples or len(table)))
-    rows = list(table.select(needed))
-    return list(enumerate(rows, 1)), sha256_json(repr(rows))
 
 
 def _needed(source: Source) -> int | None:

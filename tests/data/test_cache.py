@@ -8,8 +8,10 @@ import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -282,9 +284,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = rows_file(tmp_path, ROWS)
-    digests = iter(["as it was", "as it was", "as it is"])
-    monkeypatch.setattr(cache, "sha256_file", lambda _: next(digests))
-    monkeypatch.setattr(cache, "_code", lambda: "")
+    monkeypatch.setattr(cache, "digest", lambda source, **_: (source.path, "as it was"))
     cached(tmp_path, section(path))
     assert not entries(tmp_path)
 
@@ -297,6 +297,34 @@ def test_parquet_is_not_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
     first = plain(cached(tmp_path, data))
     monkeypatch.setattr(source, "import_module", lambda name: pytest.fail(f"imports {name}"))
     assert plain(cached(tmp_path, data)) == first
+
+
+def test_rows_of_the_hub_are_kept_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two splits each has its own digest, and other rows are another entry."""
+    rows = {"train": ROWS, "test": ROWS[:4]}
+
+    def load_dataset(path: str, subset: str | None, *, split: str) -> Any:
+        return datasets.Dataset.from_list(rows[split])
+
+    hub = SimpleNamespace(load_dataset=load_dataset)
+    monkeypatch.setattr(source, "import_module", {"datasets": hub}.__getitem__)
+    data = section(
+        "some/set", train={"path": "some/set"}, eval={"path": "some/set", "split": "test"}
+    )
+
+    def again() -> Dataset:
+        source._hub_table.cache_clear()
+        return cached(tmp_path, data, offline=False)
+
+    first = again()
+    assert list(first.report.sha256) == ["some/set", "some/set test"]
+    assert not is_mapped(first)
+    second = again()
+    assert is_mapped(second)
+    assert plain(second) == plain(first)
+    rows["train"] = ROWS[1:]
+    assert len(again().train) == len(ROWS) - 1
+    source._hub_table.cache_clear()
 
 
 def test_many_who_make_the_same_entry_do_no_harm(tmp_path: Path) -> None:

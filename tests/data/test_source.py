@@ -2,15 +2,17 @@
 
 import csv
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from datasets import Dataset
 
 from lorakit.data import source
-from lorakit.data.source import Loaded, load
+from lorakit.data.source import Loaded, digest, load
 from lorakit.errors import BadInput, EnvironmentLacks
 from lorakit.recipe.sections import Source
 from lorakit.storage.hashing import sha256_file
@@ -47,7 +49,8 @@ def test_every_kind_gives_the_same_rows(tmp_path: Path, name: str) -> None:
     path = _write(tmp_path, name)
     loaded = _load(tmp_path, name)
     assert [row.value for row in loaded.rows] == ROWS
-    assert loaded.sha256 == sha256_file(path)
+    found = digest(Source(path=path.name), folder=tmp_path, offline=True)
+    assert found == (path.name, sha256_file(path))
     assert {row.place.file for row in loaded.rows} == {str(path)}
     lines = path.read_bytes().split(b"\n")
     if name.endswith(".parquet"):
@@ -117,10 +120,11 @@ def test_a_file_has_one_split(tmp_path: Path) -> None:
 
 
 class _Hub:
-    """Stands for the `datasets` package: a data set of ten rows, and what it was asked for."""
+    """Stands for the `datasets` package: data sets of ten rows, and what it was asked for."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, str | None, str]] = []
+        self.rows = ROWS
 
     def load_dataset(self, path: str, name: str | None, *, split: str) -> Any:
         self.asked.append((path, name, split))
@@ -128,21 +132,25 @@ class _Hub:
             raise FileNotFoundError("no such data set")
         if path == "far/away":
             raise ConnectionError("no route")
-        return self
-
-    def __len__(self) -> int:
-        return len(ROWS)
-
-    def select(self, some: range) -> list[dict[str, str]]:
-        return [ROWS[k] for k in some]
+        return Dataset.from_list(self.rows)
 
 
-def test_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Hub]:
+    """Put a hub in the place of the real one."""
     hub = _Hub()
     monkeypatch.setattr(source, "import_module", {"datasets": hub}.__getitem__)
+    source._hub_table.cache_clear()
+    yield hub
+    source._hub_table.cache_clear()
+
+
+def test_hub(tmp_path: Path, hub: _Hub) -> None:
     wanted = Source(path="some/set", subset="main", split="test[:5]", max_samples=2)
     loaded = load(wanted, 0, folder=tmp_path, offline=False)
     assert [row.value for row in loaded.rows] == ROWS[:2]
+    name, _ = digest(wanted, folder=tmp_path, offline=False)
+    assert name == "some/set main test[:5]"
     assert hub.asked == [("some/set", "main", "test[:5]")]
     assert loaded.rows[0].place.file == "some/set"
     with pytest.raises(BadInput) as missing:
@@ -151,6 +159,21 @@ def test_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EnvironmentLacks) as unreachable:
         load(Source(path="far/away"), 0, folder=tmp_path, offline=False)
     assert unreachable.value.id == "env.offline"
+
+
+def test_the_digest_of_the_hub_is_of_the_rows_asked_for(tmp_path: Path, hub: _Hub) -> None:
+    def digest_of(rows: list[Any], **more: Any) -> str:
+        source._hub_table.cache_clear()
+        hub.rows = rows
+        return digest(Source(path="some/set", **more), folder=tmp_path, offline=False)[1]
+
+    first = digest_of(ROWS)
+    assert digest_of(list(ROWS)) == first
+    other = {**ROWS[0], "completion": "?"}
+    assert digest_of([*ROWS[:9], other]) != first
+    two = digest_of(ROWS, max_samples=2)
+    assert digest_of(list(ROWS), max_samples=2) == two != first
+    assert digest_of([other, *ROWS[1:]], max_samples=2) != two
 
 
 def test_offline_never_asks_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
