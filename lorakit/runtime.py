@@ -126,8 +126,8 @@ class Runtime:
         """Return a second queue of work for copies, None where the device has none."""
         return CopyQueue(self.device) if self.device.type == "cuda" else None
 
-    def product_rate(self, dtype: torch.dtype, seconds: float = 0.2) -> float:
-        """Time a matrix product of the size of a model's; return its FLOP/s."""
+    def product_rate(self, dtype: torch.dtype, seconds: float = 0.025) -> float:
+        """Time matrix products of a model's size for so long at least; return their FLOP/s."""
         rows, width = (512, 2048) if self.device.type == "cpu" else (4096, 4096)
         a, b = (torch.ones(n, width, dtype=dtype, device=self.device) for n in (rows, width))
         count, spent = 0, 0.0
@@ -137,7 +137,7 @@ class Runtime:
                 c = a @ b
             c[0, 0].item()  # waits for a GPU
             count, spent = times, time.perf_counter() - began
-            if spent > seconds / 4 and times > 1:
+            if spent > seconds and times > 1:
                 break
         return 2 * rows * width * width * count / spent
 
