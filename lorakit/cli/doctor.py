@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from lorakit import __version__, environment
-from lorakit.cli.screen import AllowRemoteCode, Screen, SetOption, command
+from lorakit.cli.command import AllowRemoteCode, SetOption, command
+from lorakit.cli.screen import Screen
 from lorakit.errors import CheckFailed
 
 PACKAGES = (

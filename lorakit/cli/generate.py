@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorakit.cli.command import AllowRemoteCode, command
 from lorakit.cli.merge import BaseOption
-from lorakit.cli.screen import AllowRemoteCode, Screen, command, usage
+from lorakit.cli.screen import Screen, usage
 from lorakit.cli.streams import write_result
 from lorakit.errors import BadInput, Place
 from lorakit.storage import strict_json

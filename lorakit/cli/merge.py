@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from lorakit.cli.screen import AllowLocalCode, AllowRemoteCode, Screen, command, usage
+from lorakit.cli.command import AllowLocalCode, AllowRemoteCode, command
+from lorakit.cli.screen import Screen, usage
 
 MOST_SCALE = 1e6
 UNITS = {

@@ -5,7 +5,8 @@ from typing import Annotated, Any
 import typer
 
 from lorakit import adapters
-from lorakit.cli.screen import Screen, command
+from lorakit.cli.command import command
+from lorakit.cli.screen import Screen
 
 
 @command

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorakit import environment
-from lorakit.cli.screen import Screen, command
+from lorakit.cli.command import command
+from lorakit.cli.screen import Screen
 from lorakit.errors import BadInput, RecipeError
 
 if TYPE_CHECKING:

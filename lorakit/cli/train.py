@@ -9,15 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorakit import environment
-from lorakit.cli.screen import (
-    AllowLocalCode,
-    AllowRemoteCode,
-    RecipeArgument,
-    Screen,
-    SetOption,
-    command,
-    usage,
-)
+from lorakit.cli.command import AllowLocalCode, AllowRemoteCode, RecipeArgument, SetOption, command
+from lorakit.cli.screen import Screen, usage
 from lorakit.processes import launch
 
 if TYPE_CHECKING:

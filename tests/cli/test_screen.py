@@ -13,7 +13,8 @@ import typer
 from typer.testing import CliRunner
 
 from lorakit.cli.app import main
-from lorakit.cli.screen import Screen, command
+from lorakit.cli.command import command
+from lorakit.cli.screen import Screen
 from lorakit.errors import (
     BadInput,
     CheckFailed,
@@ -202,7 +203,7 @@ def test_a_signal_with_nothing_to_save_cleans_up_and_ends_the_process(
     number: signal.Signals,
 ) -> None:
     program = (
-        "import os, signal; from lorakit.cli.screen import command\n"
+        "import os, signal; from lorakit.cli.command import command\n"
         "def work(screen):\n"
         f"    try: os.kill(os.getpid(), {int(number)})\n"
         "    finally: print('cleaned up', flush=True)\n"
@@ -217,7 +218,7 @@ def test_a_signal_with_nothing_to_save_cleans_up_and_ends_the_process(
 
 def test_work_goes_on_when_nobody_reads_what_it_says() -> None:
     program = (
-        "import os; from lorakit.cli.screen import command\n"
+        "import os; from lorakit.cli.command import command\n"
         "def work(screen):\n"
         "    for n in range(3): screen.say('x' * 9999)\n"
         "    os.write(3, b'done')\n"
@@ -248,7 +249,7 @@ def test_the_log_holds_what_was_said_before_there_was_one(tmp_path: Path) -> Non
 def test_ctrl_c_with_nothing_to_save_ends_the_process_by_that_signal() -> None:
     program = """
 import typer
-from lorakit.cli.screen import command
+from lorakit.cli.command import command
 
 app = typer.Typer()
 
