@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from lorakit.data.batches import Batch
 from lorakit.data.tokens import MASKED
+from lorakit.devices import sent
 from lorakit.model.loss import token_scores
-from lorakit.runtime import sent
 
 
 @dataclass(frozen=True)

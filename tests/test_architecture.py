@@ -20,6 +20,7 @@ ROWS = (
     ("environment", "host"),
     ("storage",),
     ("recipe",),
+    ("devices",),
     ("runtime", "processes", "threads"),
     ("model",),
     ("adapters",),
@@ -37,7 +38,8 @@ ROW = {"": -1} | {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 THIRD_PARTIES = {
     "storage": "safetensors",
     "recipe": "pydantic pydantic_core yaml",
-    "runtime": "accelerate torch",
+    "devices": "torch",
+    "runtime": "torch",
     "threads": "torch",
     "model": "bitsandbytes huggingface_hub numpy safetensors torch transformers",
     "adapters": "pydantic torch",
@@ -59,7 +61,7 @@ TYPES = {"PreTrainedModel", "PreTrainedTokenizerBase", "PretrainedConfig"}
 
 # Words that few files may say: a pattern for names and texts, and those files.
 WORDS = {
-    r"cuda(:\d+)?|is_cuda": {"runtime.py"},
+    r"cuda(:\d+)?|is_cuda": {"devices.py", "runtime.py"},
     r"(get_)?world_size": {"runtime.py"},
     r"torch\.distributed(\..*)?": {"runtime.py"},
     r"os\.(environb?|getenv|putenv)": {"environment.py", "runtime.py"},

@@ -232,7 +232,7 @@ def test_the_gpu_section_runs_every_test_for_a_gpu(monkeypatch: pytest.MonkeyPat
         )
 
     monkeypatch.setattr(gpu.machine, "run", run)
-    assert gpu.pytest_gpu(Path())["passed"] == 2
+    assert gpu.pytest_gpu(Path(), 60.0)["passed"] == 2
     files = list((ROOT / "tests").rglob("test_*.py"))
     marked = {str(path) for path in files if "\n    pytest.mark.gpu," in path.read_text()}
     assert marked

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lorakit import adapters
+from lorakit.devices import CopyQueue
 from lorakit.model import base as bases
 from lorakit.model.checkpointing import checkpoint_layers
 from lorakit.model.quantized import Quantization, QuantizedLinear, Scratch
 from lorakit.model.quantizer import quantize
 from lorakit.recipe.sections import Optimizer, Train
-from lorakit.runtime import CopyQueue
 from lorakit.training import optim
 from lorakit.training.memory import state_bytes
 from tests.adapters.adapted import dense, ids, put_on, scramble

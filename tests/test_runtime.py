@@ -1,4 +1,4 @@
-"""Dtypes, cores and memory of the machine, and what one process makes of a sum."""
+"""Cores and memory of the machine, and what one process makes of a sum."""
 
 import os
 import subprocess
@@ -8,9 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lorakit.errors import EnvironmentLacks
 from lorakit.host import available_bytes, highest_bytes, resident_bytes, usable_cores
-from lorakit.runtime import Runtime, best_dtype, resolve_dtype, start
+from lorakit.runtime import Runtime, start
 
 CPU = torch.device("cpu")
 
@@ -81,20 +80,6 @@ def test_the_host_waits_for_a_copy_and_not_for_the_device(monkeypatch: pytest.Mo
     assert asked == ["cpu, pinned: True", "recorded"]
     assert copy.read() == [0, 1, 2]
     assert asked[2:] == ["waited"]
-
-
-def test_dtypes_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert resolve_dtype("fp32", CPU) is torch.float32
-    assert resolve_dtype("bf16", CPU) is torch.bfloat16
-    assert resolve_dtype("auto", CPU) is best_dtype(CPU)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert best_dtype(CPU) is torch.float32
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (7, 5))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _=None: "Tesla T4")
-    assert resolve_dtype("auto", torch.device("cuda")) is torch.float16
-    with pytest.raises(EnvironmentLacks, match=r"Tesla T4 \(sm_75\) has no native bf16"):
-        resolve_dtype("bf16", torch.device("cuda"))
 
 
 @pytest.mark.parametrize(

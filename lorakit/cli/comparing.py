@@ -4,13 +4,14 @@ from typing import Any
 
 from lorakit.cli.measuring import Subject, task_of
 from lorakit.cli.screen import Screen
+from lorakit.devices import resolve_dtype
 from lorakit.errors import BadInput, LorakitError, Notice
 from lorakit.export.losses import few, measure
 from lorakit.export.merge import Plan
 from lorakit.export.target import check_memory
 from lorakit.model.base import load_tokenizer
 from lorakit.recipe.sections import Recipe
-from lorakit.runtime import Runtime, resolve_dtype
+from lorakit.runtime import Runtime
 
 
 def losses_of(

@@ -12,7 +12,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from lorakit.runtime import Gpu
+from lorakit.devices import Gpu
 
 
 @dataclass(frozen=True)

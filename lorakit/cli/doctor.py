@@ -43,9 +43,10 @@ def doctor(
 
     from lorakit.cli import conflicts
     from lorakit.data.cache import entries
+    from lorakit.devices import best_dtype, gpu
     from lorakit.host import available_bytes, usable_cores
     from lorakit.model.hub import has_token
-    from lorakit.runtime import best_dtype, gpu, start
+    from lorakit.runtime import start
 
     runtime = start()
     cache = environment.cache_folder()

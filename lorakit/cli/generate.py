@@ -79,11 +79,12 @@ def _answered(
 ) -> list[dict[str, Any]]:
     """Load the model and answer all texts, with the base as well when it is compared."""
     from lorakit.adapters import attach_saved, switched_off
+    from lorakit.devices import resolve_dtype
     from lorakit.evaluation import generation, prompts
     from lorakit.model.base import load
     from lorakit.model.quantized import Quantization
     from lorakit.model.sites import find_sites
-    from lorakit.runtime import resolve_dtype, start
+    from lorakit.runtime import start
 
     tokenizer = _tokenizer(saved, base)
     passport: Any = saved.passport or {}

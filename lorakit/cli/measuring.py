@@ -13,6 +13,7 @@ from lorakit.adapters import Saved
 from lorakit.cli.screen import Screen
 from lorakit.data.cache import prepared
 from lorakit.data.items import Request
+from lorakit.devices import resolve_dtype
 from lorakit.errors import BadInput
 from lorakit.evaluation.run import Task
 from lorakit.model import base as bases
@@ -21,7 +22,7 @@ from lorakit.model.base import Base
 from lorakit.model.quantized import Quantization
 from lorakit.model.sites import find_sites
 from lorakit.recipe.sections import Recipe
-from lorakit.runtime import Runtime, resolve_dtype, start
+from lorakit.runtime import Runtime, start
 from lorakit.storage.hashing import sha256_file, sha256_json
 from lorakit.training.passports import versions
 

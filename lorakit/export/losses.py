@@ -14,6 +14,7 @@ from torch import Tensor
 from lorakit.adapters import Layer, attach_layers, merge_layers
 from lorakit.data.batches import eval_batches
 from lorakit.data.tokens import Example
+from lorakit.devices import resolve_dtype
 from lorakit.export.blocks import MergedTensors
 from lorakit.export.merge import Plan
 from lorakit.export.target import open_target
@@ -22,7 +23,7 @@ from lorakit.model.sites import find_sites
 from lorakit.model.streamed import streamed
 from lorakit.model.weights import Weights
 from lorakit.recipe.sections import BaseWeights
-from lorakit.runtime import Runtime, resolve_dtype
+from lorakit.runtime import Runtime
 from lorakit.scoring import score
 from lorakit.storage.tensors import ALL_ROWS
 from lorakit.threads import Threads

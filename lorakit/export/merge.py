@@ -11,6 +11,7 @@ import torch
 
 from lorakit import __version__
 from lorakit.adapters import Saved, check_base, merge_layers
+from lorakit.devices import DTYPES
 from lorakit.errors import BadInput, CheckFailed, Notice
 from lorakit.export.blocks import MergedTensors
 from lorakit.export.logits import BOUNDS, GIB, compare_logits, needed_bytes
@@ -23,7 +24,7 @@ from lorakit.model.merged import REPORT, texts_of
 from lorakit.model.quantized import Quantization
 from lorakit.model.sites import find_sites
 from lorakit.recipe.sections import BaseWeights
-from lorakit.runtime import DTYPES, Runtime
+from lorakit.runtime import Runtime
 from lorakit.storage import strict_json
 from lorakit.storage.disk import storage_errors, sync
 from lorakit.storage.hashing import sha256_file

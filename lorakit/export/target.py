@@ -8,6 +8,7 @@ dense again. Which is better is for held-out rows to say: `losses` asks them.
 import torch
 
 from lorakit.adapters import Saved
+from lorakit.devices import DTYPES
 from lorakit.errors import BadInput, RunFailed
 from lorakit.export.logits import GIB
 from lorakit.host import available_bytes
@@ -17,7 +18,6 @@ from lorakit.model.quantized import Quantization
 from lorakit.model.quantizer import quantizable
 from lorakit.model.weights import Weights
 from lorakit.recipe.sections import BaseWeights
-from lorakit.runtime import DTYPES
 
 
 def trained_on(saved: Saved, base: Base) -> Quantization | None:

@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from lorakit import runtime
+from lorakit import devices
 
 # On a CPU documents of up to so many tokens are as long as the next multiple of STEP: those of
 # about one length share products, whose library keeps a kernel for each shape it has met.
@@ -38,11 +38,11 @@ class Documents:
         runs = tuple((sum(1 for _ in run), length) for length, run in groupby(lengths))
         if device.type == "cpu":
             return cls(runs, None, Sorted.of(lengths * rows) if len(runs) > 1 else None)
-        capability = runtime.capability(device)
-        if not (has_flash(capability) and runtime.has_flash_kernels()):
+        capability = devices.capability(device)
+        if not (has_flash(capability) and devices.has_flash_kernels()):
             return cls(runs, capability=capability)
         ends = torch.tensor([0, *(lengths * rows)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return cls(runs, runtime.sent(ends, device), capability=capability)
+        return cls(runs, devices.sent(ends, device), capability=capability)
 
     @property
     def in_a_row(self) -> int:

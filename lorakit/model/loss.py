@@ -21,11 +21,11 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from lorakit.devices import sent
 from lorakit.model import liger
 from lorakit.model.elementwise import softmax_nll
 from lorakit.model.families import Head, head_of
 from lorakit.model.inputs import Tokens, forward_inputs, trained_places
-from lorakit.runtime import sent
 
 # Logits of one chunk in fp32: large enough to keep a GPU busy. On a CPU below what the C library
 # maps apart (`runtime.py`): such memory is cleared anew for each chunk, and is not that which the

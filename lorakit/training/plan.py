@@ -17,6 +17,7 @@ from lorakit.data.batches import Packing, Steps
 from lorakit.data.cache import prepared
 from lorakit.data.items import Request
 from lorakit.data.prepare import Dataset
+from lorakit.devices import capability, resolve_dtype
 from lorakit.environment import cache_folder
 from lorakit.errors import BadInput, Notice
 from lorakit.model import base as base_models
@@ -28,7 +29,7 @@ from lorakit.model.quantizer import notices_of, quantizable
 from lorakit.model.sites import Site, find_sites, uneven
 from lorakit.recipe.rules import unusual
 from lorakit.recipe.sections import Recipe
-from lorakit.runtime import Runtime, capability, resolve_dtype
+from lorakit.runtime import Runtime
 from lorakit.training import checks, optim
 from lorakit.training.fitting import Change, cheapest, settle
 from lorakit.training.memory import Memory, Setup, Shape, estimate

@@ -10,13 +10,14 @@ from transformers import PreTrainedModel
 
 from lorakit import adapters
 from lorakit.adapters import Method
+from lorakit.devices import HostCopy
 from lorakit.errors import EnvironmentLacks
 from lorakit.model import base as base_models
 from lorakit.model.checkpointing import checkpoint_layers
 from lorakit.model.elementwise import fuse_kernels, keep_kernels_apart
 from lorakit.model.loss import LIGER, OWN, keep_own, take_faster
 from lorakit.processes import Stop
-from lorakit.runtime import HostCopy, Runtime, make_deterministic
+from lorakit.runtime import Runtime, make_deterministic
 from lorakit.training import checkpoint, loss_scale, optim, passports
 from lorakit.training.checkpoint import State
 from lorakit.training.folder import RunFolder

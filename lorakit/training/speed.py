@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+from lorakit.devices import DTYPES, NATIVE_BF16
 from lorakit.errors import BadInput, EnvironmentLacks, one_of
-from lorakit.runtime import DTYPES, NATIVE_BF16, Runtime
+from lorakit.runtime import Runtime
 from lorakit.training.memory import GIB, Setup, Shape
 
 # What of the rate of large products a whole step reaches. On a CPU 0.68 was seen with fp32 on a

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from lorakit.devices import DTYPES
 from lorakit.errors import one_of
-from lorakit.runtime import DTYPES
 from lorakit.storage.disk import free_space
 from lorakit.training.memory import GIB, OVERHEAD, Memory, optimizer_bytes
 from lorakit.training.optim import warmup_steps

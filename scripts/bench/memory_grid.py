@@ -150,7 +150,7 @@ def write_model(folder: Path, shape: Shape) -> None:
     from prepare import write_tokenizer
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    from lorakit.runtime import DTYPES
+    from lorakit.devices import DTYPES
 
     torch.manual_seed(SEED)
     ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}

@@ -184,7 +184,8 @@ def sizes(folder: Path) -> dict[str, int]:
 
 def best_dtype() -> str:
     """Return what lorakit's `dtype: auto` means on this machine."""
-    from lorakit.runtime import best_dtype, start
+    from lorakit.devices import best_dtype
+    from lorakit.runtime import start
 
     return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(best_dtype(start().device), "fp32")
 

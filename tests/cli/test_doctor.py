@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from lorakit.cli import conflicts, doctor
 from lorakit.cli.app import app
+from lorakit.devices import Gpu
 from lorakit.model.hub import has_token
-from lorakit.runtime import Gpu
 
 runner = CliRunner()
 TOKEN = "hf_" + "b" * 30

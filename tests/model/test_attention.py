@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from lorakit import runtime
+from lorakit import devices
 from lorakit.model import attention
 from lorakit.model.attention_kernels import (
     TILE,
@@ -249,8 +249,8 @@ def test_without_flash_attention_documents_run_one_by_one(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], built: bool
 ) -> None:
     """By a kernel that keeps no scores: it asks for as many heads of keys as of queries."""
-    monkeypatch.setattr(runtime, "capability", lambda _: capability)
-    monkeypatch.setattr(runtime, "has_flash_kernels", lambda: built)
+    monkeypatch.setattr(devices, "capability", lambda _: capability)
+    monkeypatch.setattr(devices, "has_flash_kernels", lambda: built)
     laid = Documents.of((5, 3), 1, torch.device("meta"))
     assert laid.capability == capability
     assert laid.bounds is None

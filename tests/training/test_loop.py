@@ -16,11 +16,12 @@ import yaml
 from safetensors.torch import load_file
 
 from lorakit import adapters
+from lorakit.devices import HostCopy
 from lorakit.errors import BadInput, Interrupted, RunFailed
 from lorakit.model import weights
 from lorakit.processes import Stop
 from lorakit.recipe.reader import read
-from lorakit.runtime import HostCopy, Runtime
+from lorakit.runtime import Runtime
 from lorakit.scoring import RowScore
 from lorakit.training import folder as folders
 from lorakit.training import loop, loss_scale, passports
