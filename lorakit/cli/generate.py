@@ -93,7 +93,7 @@ def _answered(
     asked, ends = prompts.encode(
         texts,
         tokenizer,
-        plain=_is_plain(data),
+        plain=saved.trained_on_text,
         system=data.get("system") if system is None else system,
         template_sha256=passport.get("template_sha256"),
         where=Place(str(saved.folder)),
@@ -169,12 +169,6 @@ def _tokenizer(saved: "Saved", base: "Base") -> "PreTrainedTokenizerBase":
             links_into=saved.links_into,
         )
     return load_tokenizer(base)
-
-
-def _is_plain(data: Mapping[str, Any]) -> bool:
-    """Tell whether the recipe trained on plain text, which knows no template."""
-    formats = {source.get("format") or data.get("format") for source in data.get("train", ())}
-    return formats == {"text"}
 
 
 def _facts(prompt: str, ours: "Generation", base: "Generation | None") -> dict[str, Any]:

@@ -49,7 +49,7 @@ def card(saved: Saved, metrics: Mapping[str, Any] | None = None) -> str:
         "## Use",
         *_use(saved, name),
         "## Prompt format",
-        *_prompt_format(saved.folder, recipe.get("data", {}).get("system")),
+        *_prompt_format(saved, recipe.get("data", {}).get("system")),
         "## Data",
         _table(("set", "rows", "tokens", "trained tokens"), _counts(passport.get("data", {}))),
         "\n".join(_sources(passport.get("data", {}))),
@@ -121,8 +121,12 @@ def _use(saved: Saved, name: str) -> Iterable[str]:
         )
 
 
-def _prompt_format(folder: Path, system: str | None) -> Iterable[str]:
+def _prompt_format(saved: Saved, system: str | None) -> Iterable[str]:
     """Show what one question becomes; a template that cannot show it is named only."""
+    if saved.trained_on_text:
+        yield "Plain text: the training used no chat template."
+        return
+    folder = saved.folder
     settings: dict[str, Any] = {}
     if (folder / TOKENIZER).is_file():
         settings = strict_json.read_object(folder / TOKENIZER, "tokenizer.missing")

@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 import pytest
 from typer.testing import CliRunner
 
+from lorakit import adapters
 from lorakit.cli.app import app
 from tests.export.adapters import find_base, save_adapter
 from tests.tiny import write_tiny_model
@@ -123,6 +124,32 @@ def test_generate_sees_the_system_message_of_the_training(run: Any):
 
     assert answer() == answer("--system", "Be brief.")
     assert answer() != answer("--system", "Be very long about it, and never stop.")
+
+
+def test_generate_asks_in_plain_text_what_was_trained_on_plain_text(run: Any, folder: Path):
+    """Whether the recipe named the format or `auto` found it; older passports hold the recipe's."""
+    rows = [{"text": f"once upon {n} times"} for n in range(6)]
+    (folder / "text.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (folder / "text.yaml").write_text(
+        "model: tiny\ndata: {train: text.jsonl}\ntrain: {max_steps: 1}\noutput_dir: text\n"
+    )
+    ended = run("train", "text.yaml")
+    assert ended.exit_code == 0, ended.output
+    passport = folder / "text" / "adapter" / "lorakit.json"
+    told = json.loads(passport.read_text())
+    assert told["data"]["train"]["formats"] == {"text": 6}
+    assert adapters.read(folder / "text").trained_on_text
+    assert not adapters.read(folder / "run").trained_on_text
+
+    def answer() -> str:
+        return run("generate", "text", "once upon", "--max-new-tokens", "8").stdout
+
+    found = answer()
+    del told["data"]["train"]["formats"]
+    for format, is_same in (("text", True), ("auto", False)):
+        told["recipe"]["data"]["format"] = format
+        passport.write_text(json.dumps(told))
+        assert (answer() == found) is is_same
 
 
 def test_an_adapter_trained_on_4_bits_is_measured_and_answers_on_4_bits(run: Any, folder: Path):

@@ -96,6 +96,15 @@ def test_no_absolute_path_and_no_none_is_in_the_card(saved: Saved, tmp_path: Pat
     assert "base_model:" not in bare
 
 
+def test_the_prompt_format_is_that_of_the_training(saved: Saved):
+    """A tokenizer may have a chat template that the training did not use."""
+    counts = {**PASSPORT["data"]["train"], "formats": {"text": 400}}
+    passport = {**PASSPORT, "data": {"train": counts}}
+    text = card(replace(saved, passport=passport))
+    assert "Plain text: the training used no chat template." in text
+    assert "<|im_start|>" not in text
+
+
 def test_metrics_of_an_evaluation_replace_those_of_the_run(saved: Saved):
     metrics = {
         "exact_match": {"adapter": 0.75, "base": 0.25},
