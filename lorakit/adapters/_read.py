@@ -84,6 +84,7 @@ class _Passport(BaseModel):
     recipe: _Recipe = _Recipe()
     data: _Rows = _Rows()
     template_sha256: str | None = None
+    servable: dict[str, str] = {}
 
 
 @dataclass(frozen=True)

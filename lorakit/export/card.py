@@ -47,7 +47,7 @@ def card(saved: Saved, metrics: Mapping[str, Any] | None = None) -> str:
         _front_matter(passport, method, name, title, metrics or {}),
         f"# {title}\n\nAn adapter ({method}) for `{name}`{commit}, trained with {maker}.",
         "## Use",
-        *_use(saved, name),
+        *_use(saved.folder.name, name, passport.get("servable", {})),
         "## Prompt format",
         *_prompt_format(saved, recipe.get("data", {}).get("system")),
         "## Data",
@@ -100,8 +100,8 @@ def _front_matter(
     return "\n".join(["---", *lines, "---"])
 
 
-def _use(saved: Saved, name: str) -> Iterable[str]:
-    folder = saved.folder.name
+def _use(folder: str, name: str, servable: Mapping[str, str]) -> Iterable[str]:
+    """Show how the adapter is used; what serves it is what the passport says, if it does."""
     yield f'```\nlorakit generate {folder} "Your prompt"\nlorakit merge {folder} --out merged\n```'
     yield (
         "With PEFT:\n\n```python\n"
@@ -111,14 +111,15 @@ def _use(saved: Saved, name: str) -> Iterable[str]:
         f"model = PeftModel.from_pretrained(base, {json.dumps(folder)})\n"
         f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(folder)})\n```"
     )
-    config = saved.config.values
-    odd = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern")
-    if config.get("peft_type") == "LORA" and not any(config.get(key) for key in odd):
-        rank = max(8, 1 << (config["r"] - 1).bit_length())
+    verdict = servable.get("vLLM", "no")
+    if verdict.startswith("yes"):
+        options = verdict.removeprefix("yes").replace(", with", "")
         yield (
             f"With vLLM:\n\n```\nvllm serve {name} --enable-lora "
-            f"--lora-modules {folder}={folder} --max-lora-rank {rank}\n```"
+            f"--lora-modules {folder}={folder}{options}\n```"
         )
+    if servable:
+        yield _table(("program", "serves it"), list(servable.items()))
 
 
 def _prompt_format(saved: Saved, system: str | None) -> Iterable[str]:

@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM
 
 from lorakit.adapters import Saved
 from lorakit.export.card import card, write_card
 from tests.export.adapters import find_base, save_adapter
-from tests.tiny import write_tiny_model
+from tests.tiny import tiny_config, write_tiny_model
 
 HOME = "/home/ann/secret"
 PASSPORT: dict[str, Any] = {
@@ -79,7 +80,8 @@ def test_the_card_says_what_was_done_and_with_what(saved: Saved):
         "| training loss, last | 1.25 |",
         "| torch | 2.13.0 |",
         "PeftModel.from_pretrained",
-        "--max-lora-rank 8",
+        "vllm serve tiny --enable-lora --lora-modules adapter=adapter\n",
+        "| vLLM | yes |",
         "lorakit merge adapter --out merged",
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello!<|im_end|>",
     ):
@@ -94,6 +96,30 @@ def test_no_absolute_path_and_no_none_is_in_the_card(saved: Saved, tmp_path: Pat
     bare = card(replace(saved, passport=None))
     assert "None" not in bare
     assert "base_model:" not in bare
+
+
+@pytest.mark.parametrize(
+    ("rank", "targets", "verdict"),
+    [
+        (4, ("lm_head", "q_proj"), "no: it takes embeddings and heads only in part"),
+        (20, ("q_proj",), "yes, with --max-lora-rank 32"),
+        (600, ("q_proj",), "no: rank 600 is above its 512"),
+    ],
+)
+def test_what_serves_the_adapter_is_what_the_plan_said(
+    tmp_path: Path, rank: int, targets: tuple[str, ...], verdict: str
+):
+    wide = tiny_config("llama", hidden_size=640, intermediate_size=32, num_hidden_layers=1)
+    AutoModelForCausalLM.from_config(wide).save_pretrained(tmp_path / "tiny")
+    base = find_base(tmp_path / "tiny")
+    one = save_adapter(base, tmp_path / "adapter", "lora", rank=rank, target_modules=targets)
+    text = card(one)
+    assert f"| vLLM | {verdict} |" in text
+    command = "vllm serve tiny --enable-lora --lora-modules adapter=adapter"
+    assert (command in text) is verdict.startswith("yes")
+    assert (f"{command} --max-lora-rank 32\n" in text) is ("32" in verdict)
+    of_peft = card(replace(one, passport=None))
+    assert "vllm" not in of_peft.lower(), "what it needs is not known of a base that is not named"
 
 
 def test_the_prompt_format_is_that_of_the_training(saved: Saved):
