@@ -9,6 +9,7 @@ import typer
 from lorakit.cli.command import AllowLocalCode, AllowRemoteCode, RecipeArgument, SetOption, command
 from lorakit.cli.screen import Screen, usage
 from lorakit.errors import BadInput, CheckFailed
+from lorakit.storage.publish import check_file
 
 if TYPE_CHECKING:
     from lorakit.training.fitting import Change
@@ -44,6 +45,8 @@ def plan(
 
     if gpu and measure:
         raise usage("--gpu plans for another machine, so there is nothing to measure here")
+    if fit:
+        check_file(fit)  # before the plan, which may take minutes
     target = card(gpu) if gpu else None
     permissions = Permissions(screen.offline, allow_local_code, allow_remote_code)
     runtime = start()
