@@ -118,6 +118,22 @@ def test_generate_prints_the_text_alone(run: Any, folder: Path):
     assert run("generate", "run", "x", "--prompt-file", "prompts.txt").exit_code == 2
 
 
+def test_an_empty_prompt_is_one_prompt(run: Any):
+    told = json.loads(run("generate", "run", "", "--json", "--max-new-tokens", "2").stdout)
+    assert told["prompt"] == ""
+    assert "generations" not in told
+
+
+@pytest.mark.parametrize("option", [("--top-p", "0.5"), ("--seed", "7")])
+def test_options_for_draws_are_refused_where_nothing_is_drawn(run: Any, option: tuple[str, str]):
+    words = ("generate", "run", "what is 2?", "--max-new-tokens", "2", *option)
+    ended = run(*words)
+    assert ended.exit_code == 2, ended.output
+    assert f"{option[0]} is for draws" in ended.stderr
+    assert run(*words, "--temperature", "1e-6").exit_code == 2, "as greedy as 0"
+    assert run(*words, "--temperature", "0.7").exit_code == 0
+
+
 def test_generate_sees_the_system_message_of_the_training(run: Any):
     def answer(*more: str) -> str:
         return run("generate", "run", "what is 2?", "--max-new-tokens", "8", *more).stdout
