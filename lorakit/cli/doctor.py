@@ -26,9 +26,6 @@ EXTRAS = {
     "mlflow": "mlflow",
     "optuna": "sweep",
 }
-# bitsandbytes prints an import line of its own and is slow to import, so a product is asked of it
-# only when it is there.
-FOUR_BIT = "bitsandbytes"
 
 
 @command
