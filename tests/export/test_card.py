@@ -57,7 +57,6 @@ def test_the_front_matter_is_yaml_that_a_hub_reads(saved: Saved):
     assert found["datasets"] == ["org/questions"]
     assert {"lora", "lorakit", "transformers"} <= set(found["tags"])
     assert not any(tag.startswith("base_model:") for tag in found["tags"]), "a folder is no hub id"
-    assert "model-index" not in found
 
 
 def test_a_base_of_the_hub_is_named_with_its_commit(saved: Saved):
@@ -129,20 +128,6 @@ def test_the_prompt_format_is_that_of_the_training(saved: Saved):
     text = card(replace(saved, passport=passport))
     assert "Plain text: the training used no chat template." in text
     assert "<|im_start|>" not in text
-
-
-def test_metrics_of_an_evaluation_replace_those_of_the_run(saved: Saved):
-    metrics = {
-        "exact_match": {"adapter": 0.75, "base": 0.25},
-        "loss": {"adapter": None, "base": 2.0},
-    }
-    text = card(saved, metrics)
-    assert "| exact_match | 0.75 | 0.25 |" in text
-    assert "| loss |  | 2 |" in text
-    (entry,) = front_matter(text)["model-index"]
-    assert entry["results"][0]["metrics"] == [
-        {"type": "exact_match", "name": "exact_match", "value": 0.75}
-    ]
 
 
 def test_write_card_replaces_an_older_one(saved: Saved):
