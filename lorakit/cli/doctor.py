@@ -15,17 +15,7 @@ from lorakit.errors import CheckFailed
 PACKAGES = (
     "torch transformers tokenizers datasets accelerate bitsandbytes safetensors pydantic typer rich"
 ).split()
-EXTRAS = {
-    "sacrebleu": "eval",
-    "rouge_score": "eval",
-    "lm_eval": "lm-eval",
-    "gguf": "gguf",
-    "liger_kernel": "kernels",
-    "tensorboard": "tensorboard",
-    "wandb": "wandb",
-    "mlflow": "mlflow",
-    "optuna": "sweep",
-}
+EXTRAS = {"gguf": "gguf", "liger_kernel": "kernels"}  # those that some code reads
 
 
 @command
