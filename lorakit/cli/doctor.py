@@ -11,6 +11,7 @@ from lorakit import __version__, environment
 from lorakit.cli.command import AllowRemoteCode, SetOption, command
 from lorakit.cli.screen import Screen
 from lorakit.errors import CheckFailed
+from lorakit.host import GIB, available_bytes, usable_cores
 
 PACKAGES = (
     "torch transformers tokenizers datasets accelerate bitsandbytes safetensors pydantic typer rich"
@@ -31,7 +32,6 @@ def doctor(
     from lorakit.cli import conflicts
     from lorakit.data.cache import entries
     from lorakit.devices import best_dtype, gpu
-    from lorakit.host import available_bytes, usable_cores
     from lorakit.model.hub import has_token
     from lorakit.runtime import start
 
@@ -55,8 +55,8 @@ def doctor(
         "cores": usable_cores(),
         "dtype auto": str(best_dtype(runtime.device)).removeprefix("torch."),
         "4-bit": _four_bit(runtime.device),
-        "memory free": f"{available_bytes() / 2**30:.1f} GiB",
-        "disk free": f"{disk.free / 2**30:.1f} GiB at {cache}",
+        "memory free": f"{available_bytes() / GIB:.1f} GiB",
+        "disk free": f"{disk.free / GIB:.1f} GiB at {cache}",
         "token cache": f"{sum(tokenised.values()) / 2**20:.1f} MiB, {len(tokenised)} data sets",
         "hub token": "found" if has_token() else "not found",
         "network": "off" if screen.offline else "allowed",

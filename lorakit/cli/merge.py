@@ -7,6 +7,7 @@ import typer
 
 from lorakit.cli.command import AllowLocalCode, AllowRemoteCode, command
 from lorakit.cli.screen import Screen, usage
+from lorakit.host import GIB
 
 MOST_SCALE = 1e6
 UNITS = {
@@ -16,7 +17,7 @@ UNITS = {
     "GB": 10**9,
     "KIB": 1 << 10,
     "MIB": 1 << 20,
-    "GIB": 1 << 30,
+    "GIB": GIB,
 }
 
 BaseOption = Annotated[
@@ -114,4 +115,4 @@ def _bytes(size: str) -> int:
 
 
 def _size(count: int) -> str:
-    return f"{count / (1 << 30):.1f} GiB" if count >= 1 << 27 else f"{count / (1 << 20):.1f} MiB"
+    return f"{count / GIB:.1f} GiB" if count >= 1 << 27 else f"{count / (1 << 20):.1f} MiB"

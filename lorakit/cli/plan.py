@@ -9,6 +9,7 @@ import typer
 from lorakit.cli.command import AllowLocalCode, AllowRemoteCode, RecipeArgument, SetOption, command
 from lorakit.cli.screen import Screen, usage
 from lorakit.errors import BadInput, CheckFailed
+from lorakit.host import GIB
 from lorakit.storage.publish import check_file
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def does_not_fit(plan: "Plan", change: "Change | None") -> CheckFailed | None:
     free = disk.pop("free")
     if sum(disk.values()) <= free:
         return None
-    needs, there = f"{sum(disk.values()) / 2**30:.1f} GiB of disk", f"{free / 2**30:.1f} GiB"
+    needs, there = f"{sum(disk.values()) / GIB:.1f} GiB of disk", f"{free / GIB:.1f} GiB"
     help = "lower train.keep_checkpoints, or move output_dir"
     return CheckFailed(ID, f"needs about {needs}, {there} are there", help=help)
 
@@ -96,7 +97,7 @@ def will_not_fit(plan: "Plan", change: "Change | None") -> CheckFailed:
     """Return the error of a plan that needs more memory than there is, and what would help."""
     from lorakit.training import summary
 
-    needs, there = summary.gib(plan.memory), f"{plan.free_bytes / 2**30:.1f} GiB"
+    needs, there = summary.gib(plan.memory), f"{plan.free_bytes / GIB:.1f} GiB"
     help = "nothing in the recipe makes it small enough; take a smaller base"
     if change:
         help = f"it fits with {change.options}"

@@ -16,6 +16,7 @@ from lorakit.cli.screen import Screen
 from lorakit.errors import Interrupted, Notice
 from lorakit.export.card import write_card
 from lorakit.export.merge import Options, check_output, merge, planned, verdict
+from lorakit.host import GIB
 from lorakit.processes import Signalled, Stop
 from lorakit.recipe.dump import dump
 from lorakit.recipe.sections import Recipe
@@ -27,7 +28,7 @@ from lorakit.training.checkpoint import check_space
 from lorakit.training.folder import Mode, RunFolder
 from lorakit.training.loop import train as train_plan
 from lorakit.training.plan import Permissions, Plan, make
-from lorakit.training.progress import GIB, Reporter, duration
+from lorakit.training.progress import Reporter, duration
 from lorakit.training.run import Outcome
 
 LARGE = 4 * GIB  # bytes of weights, which take seconds to read

@@ -14,11 +14,12 @@ from lorakit.adapters import Saved, check_base, merge_layers
 from lorakit.devices import DTYPES
 from lorakit.errors import BadInput, CheckFailed, Notice
 from lorakit.export.blocks import MergedTensors
-from lorakit.export.logits import BOUNDS, GIB, compare_logits, needed_bytes
+from lorakit.export.logits import BOUNDS, compare_logits, needed_bytes
 from lorakit.export.shards import Shard, planned_shards, write_index, write_shard
 from lorakit.export.target import open_target, trained_on
 from lorakit.export.texts import find_texts, write_texts
 from lorakit.export.verify import check_written
+from lorakit.host import GIB
 from lorakit.model.base import Base, skeleton
 from lorakit.model.merged import REPORT, texts_of
 from lorakit.model.quantized import Quantization

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from lorakit.data.formats import Conversation, Message
 from lorakit.data.items import Item, split
 from lorakit.data.prepare import Dataset
-from lorakit.data.tokens import MASKED
 from lorakit.errors import BadInput, Place
+from lorakit.model.inputs import MASKED
 from lorakit.recipe.sections import Source
 from tests.data.given import (
     THINKING,
