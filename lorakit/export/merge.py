@@ -52,7 +52,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MergePlan:
     """A merge before it costs anything: every tensor and every file, and warnings."""
 
     saved: Saved
@@ -87,7 +87,7 @@ class Plan:
 
 
 @contextmanager
-def planned(saved: Saved, base: Base, out: Path, options: Options) -> Iterator[Plan]:
+def planned(saved: Saved, base: Base, out: Path, options: Options) -> Iterator[MergePlan]:
     """Yield the plan of a merge, the base's files open, after every check that reads no weights.
 
     Raises:
@@ -103,11 +103,13 @@ def planned(saved: Saved, base: Base, out: Path, options: Options) -> Iterator[P
         tensors = MergedTensors(weights, layers, sites, dtype=dtype, scale=options.scale)
         shards = planned_shards(tensors, options.max_shard)
         notices = (*saved.notices, *base.notices, *([notice] if notice else []))
-        yield Plan(saved, base, out, options, tensors, shards, find_texts(saved, base), notices)
+        yield MergePlan(
+            saved, base, out, options, tensors, shards, find_texts(saved, base), notices
+        )
 
 
 def merge(
-    plan: Plan,
+    plan: MergePlan,
     runtime: Runtime,
     advance: Callable[[int], None] = lambda _: None,
     losses: Mapping[str, Any] | None = None,
@@ -182,7 +184,7 @@ def verdict(report: Mapping[str, Any]) -> str:
     )
 
 
-def _compared(plan: Plan, folder: Path, runtime: Runtime, threads: Threads) -> dict[str, Any]:
+def _compared(plan: MergePlan, folder: Path, runtime: Runtime, threads: Threads) -> dict[str, Any]:
     """Compare logits, or say why not.
 
     Raises:
