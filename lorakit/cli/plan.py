@@ -52,15 +52,15 @@ def plan(
     permissions = Permissions(screen.offline, allow_local_code, allow_remote_code)
     runtime = start()
 
-    def planned(extra: list[str]) -> "Plan":
+    def plan_with(extra: list[str]) -> "Plan":
         loaded = read_recipe(screen, recipe, [*(changes or ()), *extra])
         return make(loaded, runtime, permissions, card=target, weights=measure)
 
-    made = planned([])
+    made = plan_with([])
     screen.notice(*made.notices)
     rate = Rate.of(target) if target else Rate.measured(runtime, made.dtype)
     lines, facts = summary.lines(made, rate, target), summary.facts(made, rate)
-    change = find_change(made, planned)
+    change = find_change(made, plan_with)
     error = does_not_fit(made, change)
     if error is None and measure and rate:
         seen = trial(made, runtime, rate)
@@ -70,7 +70,7 @@ def plan(
         facts["change"] = change.keys
         lines.append(("Change", f"{change.options}  = {summary.gib(change.memory)}"))
     if fit and (change or error is None):
-        screen.say(f"wrote {write_fitting(fit, planned(change.overrides if change else []))}")
+        screen.say(f"wrote {write_fitting(fit, plan_with(change.overrides if change else []))}")
     code = error.exit_code if error else 0
     facts |= {"error": screen.described(error)} if error else {}
     screen.result("\n".join(f"{label:9} {text}" for label, text in lines), facts, exit=code)
@@ -104,13 +104,13 @@ def will_not_fit(plan: "Plan", change: "Change | None") -> CheckFailed:
     return CheckFailed(ID, f"needs about {needs}, {there} are there", help=help)
 
 
-def find_change(plan: "Plan", planned: Callable[[list[str]], "Plan"]) -> "Change | None":
+def find_change(plan: "Plan", plan_with: Callable[[list[str]], "Plan"]) -> "Change | None":
     """Return the cheapest change that makes a plan fit, after planning with it."""
     if plan.fits:
         return None
     change = plan.change(plan.free_bytes)
     try:
-        return change if change and planned(change.overrides).fits else None
+        return change if change and plan_with(change.overrides).fits else None
     except BadInput:  # the data, or the base, cannot be used so
         return None
 
