@@ -53,7 +53,7 @@ def eval(
     for path in [*outputs, *([baseline] if update_baseline and baseline else [])]:
         check_file(path, replace=True)  # before anything is measured
 
-    from lorakit.cli.measuring import facts_of, opened, task_of
+    from lorakit.cli.eval_subject import facts_of, opened, task_of
     from lorakit.cli.reading import read_recipe
     from lorakit.evaluation import baseline as baselines
     from lorakit.evaluation.gates import judge, limits, verdict

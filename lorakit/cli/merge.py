@@ -67,8 +67,8 @@ def merge(
     from rich.text import Text
 
     from lorakit import adapters
-    from lorakit.cli.comparing import losses_of
     from lorakit.cli.finding import find_base, recipe_of
+    from lorakit.cli.merge_losses import losses_of
     from lorakit.export import merge as merging
     from lorakit.runtime import start
     from lorakit.storage.disk import free_space

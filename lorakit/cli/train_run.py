@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit import adapters, environment
-from lorakit.cli.comparing import losses_of
+from lorakit.cli.merge_losses import losses_of
 from lorakit.cli.plan import find_change, will_not_fit
 from lorakit.cli.screen import Screen
 from lorakit.errors import Interrupted, Notice

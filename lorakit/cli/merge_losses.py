@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lorakit.cli.measuring import Subject, task_of
+from lorakit.cli.eval_subject import Subject, task_of
 from lorakit.cli.screen import Screen
 from lorakit.devices import resolve_dtype
 from lorakit.errors import BadInput, LorakitError, Notice
