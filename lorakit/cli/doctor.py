@@ -86,7 +86,7 @@ def doctor(
 def _recipe(
     screen: Screen, name: str, changes: list[str] | None, allow_remote_code: bool
 ) -> tuple[str, list[str]]:
-    from lorakit.cli.reading import read_recipe
+    from lorakit.cli.recipe_argument import read_recipe
     from lorakit.errors import LorakitError
     from lorakit.model import base
 

@@ -54,7 +54,7 @@ def eval(
         check_file(path, replace=True)  # before anything is measured
 
     from lorakit.cli.eval_subject import facts_of, opened, task_of
-    from lorakit.cli.reading import read_recipe
+    from lorakit.cli.recipe_argument import read_recipe
     from lorakit.evaluation import baseline as baselines
     from lorakit.evaluation.gates import judge, limits, verdict
     from lorakit.evaluation.report import Report

@@ -53,7 +53,7 @@ def generate(
     texts = _texts(prompt, prompt_file)
 
     from lorakit import adapters
-    from lorakit.cli.finding import find_base
+    from lorakit.cli.adapter_base import find_base
 
     decoding = _decoding(max_new_tokens, temperature, top_p, seed)
     saved = adapters.read(adapter)

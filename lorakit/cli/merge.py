@@ -67,7 +67,7 @@ def merge(
     from rich.text import Text
 
     from lorakit import adapters
-    from lorakit.cli.finding import find_base, recipe_of
+    from lorakit.cli.adapter_base import find_base, recipe_of
     from lorakit.cli.merge_losses import losses_of
     from lorakit.export import merge as merging
     from lorakit.runtime import start

@@ -37,7 +37,7 @@ def plan(
     allow_remote_code: AllowRemoteCode = False,
 ) -> None:
     """Show sites, counts, steps, memory, time and warnings; exit 1 when it will not fit."""
-    from lorakit.cli.reading import read_recipe
+    from lorakit.cli.recipe_argument import read_recipe
     from lorakit.runtime import start
     from lorakit.training import summary
     from lorakit.training.plan import Permissions, make
