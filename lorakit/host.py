@@ -3,6 +3,8 @@
 import os
 import resource
 
+GIB = 2**30  # bytes
+
 
 def usable_cores() -> int:
     """Return how many cores this process may use: affinity and control-group quota."""

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lorakit.data.batches import Batch
-from lorakit.data.tokens import MASKED
 from lorakit.devices import sent
+from lorakit.model.inputs import MASKED
 from lorakit.model.loss import token_scores
 
 

@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 sys.path.insert(0, str(ROOT))
 
 from lorakit import adapters
+from lorakit.host import GIB
 from lorakit.model.attention import NAME
 from lorakit.model.quantized import Quantization
 from lorakit.model.quantizer import quantizable
 from lorakit.model.sites import find_sites
-from lorakit.training.memory import GIB, Setup, Shape, estimate
+from lorakit.training.memory import Setup, Shape, estimate
 from lorakit.training.trace import trace
 
 README = ROOT / "README.md"

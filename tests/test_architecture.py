@@ -219,6 +219,26 @@ def test_words_stay_in_their_file() -> None:
     )
 
 
+def test_constants_of_many_rooms_have_one_home() -> None:
+    homes = {"MASKED": "model/inputs.py", "GIB": "host.py"}
+    none(
+        f"{module.at(node)}: {name} stands in {homes[name]}"
+        for module in MODULES.values()
+        for node in module.nodes
+        if isinstance(node, ast.Assign)
+        for name in map(dotted, node.targets)
+        if homes.get(name, module.file) != module.file
+    )
+    none(
+        f"{module.at(node)}: {ast.unparse(node)[:60]}: divide by GIB"
+        for module in MODULES.values()
+        for node in module.nodes
+        if isinstance(node, ast.BinOp)
+        and isinstance(node.op, ast.Div)
+        and ast.unparse(node.right) in ("2 ** 30", "1 << 30")
+    )
+
+
 def test_only_adapters_name_methods() -> None:
     default = ("recipe/sections.py", DEFAULT_METHOD)
     none(

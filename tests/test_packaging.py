@@ -12,7 +12,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from lorakit import __version__
-from tests.source_tree import MODULES, ROOT
+from lorakit.cli import doctor
+from tests.source_tree import MODULES, ROOT, declared
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
@@ -82,6 +83,19 @@ def test_extras_that_messages_name_exist() -> None:
         for extra in re.findall(r"lorakit\[([\w-]+)\]", text.value)
     }
     assert named <= set(EXTRAS)
+
+
+def test_doctor_speaks_of_the_extras_that_code_reads_and_no_others() -> None:
+    """An extra is read by an import of its package, or where an error names it."""
+    said = [text.value for m in MODULES.values() if m.room != "cli" for text in m.texts]
+    packages = {each.package for m in MODULES.values() for each in m.imports}
+    read = {
+        extra
+        for extra in EXTRAS.keys() - {"dev"}
+        if declared(extra) & packages or any(f"lorakit[{extra}]" in text for text in said)
+    }
+    assert set(doctor.EXTRAS.values()) == read
+    assert all(package in declared(extra) for package, extra in doctor.EXTRAS.items())
 
 
 def test_ci_and_the_readme_use_the_one_entry() -> None:

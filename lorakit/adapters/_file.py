@@ -73,6 +73,7 @@ def save(
         "lorakit": __version__,
         "method": method.name(),
         "settings": method.settings.model_dump(mode="json"),
+        "servable": method.servable(sites),
         "scales": {layer.name: layer.scale for layer in layers_of(model) if layer.name},
         "files": {path.name: sha256_file(path) for path in files},
     }

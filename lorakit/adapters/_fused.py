@@ -21,7 +21,7 @@ from lorakit.adapters._layer import Adapted
 from lorakit.adapters._linear import ITSELF, Product, products
 from lorakit.model.attention import attend
 from lorakit.model.documents import Documents
-from lorakit.model.elementwise import Gated, Normed, Source, rms_normed, rotate
+from lorakit.model.elementwise import Gated, Normed, Prologue, rms_normed, rotate
 from lorakit.model.families import llama_layers
 from lorakit.model.frozen import is_frozen_linear
 
@@ -97,17 +97,17 @@ def _read(x: Tensor, norm: nn.Module, sites: Sequence[nn.Module]) -> tuple[Tenso
         return tuple(site(normed) for site in sites)
     if _is_trained(norm):
         return products([norm(x)], of, dropout=dropout)
-    return products([x], of, source=Normed(*_weight_and_eps(norm)), dropout=dropout)
+    return products([x], of, prologue=Normed(*_weight_and_eps(norm)), dropout=dropout)
 
 
-def _write(inputs: list[Tensor], source: Source, site: nn.Module, residual: Tensor) -> Tensor:
+def _write(inputs: list[Tensor], prologue: Prologue, site: nn.Module, residual: Tensor) -> Tensor:
     """Return the residual stream and what the site makes of the inputs."""
     of, dropout = _products([site])
     if not of:
-        x, _ = source.forward(*inputs)
+        x, _ = prologue.forward(*inputs)
         out: Tensor = residual + site(x)
         return out
-    return products(inputs, of, source=source, added=residual, dropout=dropout)[0]
+    return products(inputs, of, prologue=prologue, added=residual, dropout=dropout)[0]
 
 
 def _norm(x: Tensor, norm: nn.Module) -> Tensor:

@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from lorakit.adapters._copies import stacked
-from lorakit.model.elementwise import Itself, Source
+from lorakit.model.elementwise import Itself, Prologue
 from lorakit.model.frozen import dense_weight, is_frozen_linear
 
 ITSELF = Itself()
@@ -73,7 +73,7 @@ def products(
     inputs: Sequence[Tensor],
     of: Sequence[Product],
     *,
-    source: Source = ITSELF,
+    prologue: Prologue = ITSELF,
     added: Tensor | None = None,
     dropout: float = 0.0,
 ) -> tuple[Tensor, ...]:
@@ -82,12 +82,12 @@ def products(
     Args:
         inputs: what x is made of, (..., dim) each.
         of: the products; one without a base is added to `added` alone.
-        source: how x (..., inputs) is made.
+        prologue: how x (..., inputs) is made.
         added: what the only product is added to, (..., outputs).
         dropout: share of the entries of x that an update does not see, drawn for each of them.
     """
     factors = [factor for _, update in of if update for factor in (update.A, update.B)]
-    call = _Call(source, tuple(of), len(inputs), dropout)
+    call = _Call(prologue, tuple(of), len(inputs), dropout)
     outs: tuple[Tensor, ...] = _Products.apply(call, added, *inputs, *factors)  # type: ignore[no-untyped-call]
     return outs
 
@@ -102,7 +102,7 @@ def added_to(weight: Tensor, update: LowRank, rows: slice = slice(None)) -> Tens
 class _Call(NamedTuple):
     """What of a call is no tensor. Its tensors: `arity` inputs, then A and B of each update."""
 
-    source: Source
+    prologue: Prologue
     of: tuple[Product, ...]
     arity: int
     dropout: float
@@ -120,7 +120,7 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, added: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
         inputs = [_flat(tensor) for tensor in tensors[: call.arity]]
-        x, kept = call.source.forward(*inputs)
+        x, kept = call.prologue.forward(*inputs)
         drawn = [_drawn(x, call.dropout) for _ in call.updates] if call.dropout else []
         masks = [_mask(one, x.shape, x.device, call.dropout) for one in drawn]
         narrow = _narrow(x, call.updates, masks)
@@ -137,7 +137,7 @@ class _Products(torch.autograd.Function):
             shape = [*tensors[0].shape[:-1], y.shape[-1]]
             outs.append(torch.ops.aten._unsafe_view(y, shape))
         # A plain x serves the gradients of the A's alone: where none is trained it is not kept.
-        if isinstance(call.source, Itself) and not any(ctx.needs_input_grad[2 + call.arity :: 2]):
+        if isinstance(call.prologue, Itself) and not any(ctx.needs_input_grad[2 + call.arity :: 2]):
             inputs = []
         groups = inputs, kept, narrow, drawn
         ctx.save_for_backward(*(tensor for group in groups for tensor in group))
@@ -166,12 +166,12 @@ class _Products(torch.autograd.Function):
         grad_inputs: Sequence[Tensor | None] = [None] * call.arity
         if need_x:
             grad_x = _grad_of_x(G, whole, call, masks)
-            x, grad_inputs = call.source.backward(grad_x, *inputs, *kept)
+            x, grad_inputs = call.prologue.backward(grad_x, *inputs, *kept)
         elif need_A:
-            x, _ = call.source.forward(*inputs)
+            x, _ = call.prologue.forward(*inputs)
         grad_factors: list[Tensor | None] = [None] * len(need_factors)
         if need_A and x is not None:
-            made = not isinstance(call.source, Itself)
+            made = not isinstance(call.prologue, Itself)
             grad_factors[::2] = _grad_of_A(whole, x, call, masks, in_place=made)
         if need_B:
             # The narrow factor first: it is the one that is turned around in memory.

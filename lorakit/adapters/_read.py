@@ -30,6 +30,8 @@ PASSPORT = "lorakit.json"
 DIGEST = "sha256"  # key of the passport: of all the rest of it
 FORMAT = 1  # of the passport; a larger number cannot be read
 
+TEXT = "text"  # what data calls the format of plain text
+
 CODES = ("F32", "F16", "BF16")
 COMMON_KEYS = frozenset(
     """
@@ -60,6 +62,14 @@ class _Recipe(BaseModel):
     data: _Data = _Data()
 
 
+class _Counts(BaseModel):
+    formats: dict[str, int] = {}
+
+
+class _Rows(BaseModel):
+    train: _Counts | None = None
+
+
 class _Base(BaseModel):
     name: str | None = None
     revision: str | None = None
@@ -72,7 +82,9 @@ class _Passport(BaseModel):
 
     base: _Base = _Base()
     recipe: _Recipe = _Recipe()
+    data: _Rows = _Rows()
     template_sha256: str | None = None
+    servable: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -100,6 +112,15 @@ class Saved:
     def file(self) -> str:
         """The file of tensors, for messages."""
         return str(self.folder / TENSORS)
+
+    @property
+    def trained_on_text(self) -> bool:
+        """Whether all rows of the training were plain text, which sees no chat template."""
+        passport = _Passport.model_validate(self.passport or {})
+        named = passport.recipe.data  # all that passports told before they told what was found
+        if passport.data.train and passport.data.train.formats:
+            return passport.data.train.formats.keys() == {TEXT}
+        return {one.format or named.format for one in named.train} == {TEXT}
 
     def method(self) -> Method:
         """Return the method with the settings of the file."""

@@ -25,6 +25,7 @@ from lorakit.adapters._layer import Layer, layers_of, parameter
 from lorakit.adapters._method import Method, MethodSettings
 from lorakit.adapters._peft import Found, PeftConfig
 from lorakit.errors import BadInput
+from lorakit.model.inputs import MASKED
 from lorakit.model.sites import Site
 
 SERVABLE = {
@@ -34,7 +35,6 @@ SERVABLE = {
 }
 FOREIGN = ("prefix_tuning", "prefix-tuning", "p_tuning_v2")
 
-MASKED = -100
 TENSOR = "prompt_embeddings"
 KEYS = """
 num_virtual_tokens token_dim num_attention_heads num_layers encoder_hidden_size init_weights

@@ -120,7 +120,7 @@ def _opened(
     screen: Screen, recipe: str, changes: Sequence[str] | None, allow_remote_code: bool
 ) -> "tuple[Recipe, PreTrainedTokenizerBase, int | None]":
     """Return the recipe, the base's tokenizer and its context."""
-    from lorakit.cli.reading import read_recipe
+    from lorakit.cli.recipe_argument import read_recipe
     from lorakit.environment import cache_folder
     from lorakit.model import base
 

@@ -11,24 +11,12 @@ from lorakit import __version__, environment
 from lorakit.cli.command import AllowRemoteCode, SetOption, command
 from lorakit.cli.screen import Screen
 from lorakit.errors import CheckFailed
+from lorakit.host import GIB, available_bytes, usable_cores
 
 PACKAGES = (
     "torch transformers tokenizers datasets accelerate bitsandbytes safetensors pydantic typer rich"
 ).split()
-EXTRAS = {
-    "sacrebleu": "eval",
-    "rouge_score": "eval",
-    "lm_eval": "lm-eval",
-    "gguf": "gguf",
-    "liger_kernel": "kernels",
-    "tensorboard": "tensorboard",
-    "wandb": "wandb",
-    "mlflow": "mlflow",
-    "optuna": "sweep",
-}
-# bitsandbytes prints an import line of its own and is slow to import, so a product is asked of it
-# only when it is there.
-FOUR_BIT = "bitsandbytes"
+EXTRAS = {"gguf": "gguf", "liger_kernel": "kernels"}  # those that some code reads
 
 
 @command
@@ -44,7 +32,6 @@ def doctor(
     from lorakit.cli import conflicts
     from lorakit.data.cache import entries
     from lorakit.devices import best_dtype, gpu
-    from lorakit.host import available_bytes, usable_cores
     from lorakit.model.hub import has_token
     from lorakit.runtime import start
 
@@ -68,8 +55,8 @@ def doctor(
         "cores": usable_cores(),
         "dtype auto": str(best_dtype(runtime.device)).removeprefix("torch."),
         "4-bit": _four_bit(runtime.device),
-        "memory free": f"{available_bytes() / 2**30:.1f} GiB",
-        "disk free": f"{disk.free / 2**30:.1f} GiB at {cache}",
+        "memory free": f"{available_bytes() / GIB:.1f} GiB",
+        "disk free": f"{disk.free / GIB:.1f} GiB at {cache}",
         "token cache": f"{sum(tokenised.values()) / 2**20:.1f} MiB, {len(tokenised)} data sets",
         "hub token": "found" if has_token() else "not found",
         "network": "off" if screen.offline else "allowed",
@@ -99,7 +86,7 @@ def doctor(
 def _recipe(
     screen: Screen, name: str, changes: list[str] | None, allow_remote_code: bool
 ) -> tuple[str, list[str]]:
-    from lorakit.cli.reading import read_recipe
+    from lorakit.cli.recipe_argument import read_recipe
     from lorakit.errors import LorakitError
     from lorakit.model import base
 

@@ -1,6 +1,5 @@
 """`lorakit eval`: an adapter and its base by the recipe's metrics and gates, made for CI."""
 
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from lorakit import environment
 from lorakit.cli.command import AllowLocalCode, AllowRemoteCode, RecipeArgument, SetOption, command
 from lorakit.cli.screen import Screen, usage
 from lorakit.errors import BadInput
+from lorakit.storage.publish import check_file
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -50,10 +50,11 @@ def eval(
     if update_baseline and baseline is None:
         raise usage("--update-baseline needs --baseline FILE")
     outputs = [path for path in (junit, markdown, samples) if path]
-    _check_outputs([*outputs, *([baseline] if update_baseline and baseline else [])])
+    for path in [*outputs, *([baseline] if update_baseline and baseline else [])]:
+        check_file(path, replace=True)  # before anything is measured
 
-    from lorakit.cli.measuring import facts_of, opened, task_of
-    from lorakit.cli.reading import read_recipe
+    from lorakit.cli.eval_subject import facts_of, opened, task_of
+    from lorakit.cli.recipe_argument import read_recipe
     from lorakit.evaluation import baseline as baselines
     from lorakit.evaluation.gates import judge, limits, verdict
     from lorakit.evaluation.report import Report
@@ -87,21 +88,6 @@ def eval(
         raise typer.Exit(error.exit_code)
     if error:
         raise error
-
-
-def _check_outputs(paths: Sequence[Path]) -> None:
-    """Check where files will go before anything is measured.
-
-    Raises:
-        BadInput: when a folder or a link is there, or a file above.
-    """
-    from lorakit.storage.publish import check_place
-
-    for path in paths:
-        check_place(path)
-        if os.path.isdir(path):
-            message = "is a folder; the name of a file was expected"
-            raise BadInput("output.not-empty", message, where=str(path), help="name a file in it")
 
 
 def _known(

@@ -41,26 +41,28 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, max=1e6, help="0 is greedy.")] = 0.0,
     top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Share of the likeliest tokens to draw from.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the draws.")] = 0,
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Share of the likeliest tokens to draw from; else 1."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**63 - 1, help="Of the draws; else 0.")
+    ] = None,
     allow_remote_code: AllowRemoteCode = False,
 ) -> None:
     """Answer prompts with an adapter; stdout carries the text alone."""
     texts = _texts(prompt, prompt_file)
 
     from lorakit import adapters
-    from lorakit.cli.finding import find_base
-    from lorakit.evaluation.generation import Decoding
+    from lorakit.cli.adapter_base import find_base
 
+    decoding = _decoding(max_new_tokens, temperature, top_p, seed)
     saved = adapters.read(adapter)
     found = find_base(screen, saved, base, allow_remote_code=allow_remote_code)
     notice = adapters.check_base(saved, found)
     screen.notice(*saved.notices, *found.notices, *([notice] if notice else []))
-    decoding = Decoding(max_new_tokens, temperature, top_p, seed)
     facts = _answered(screen, saved, found, texts, decoding, system=system, compare=compare)
     if screen.json:
-        screen.result("", facts[0] if prompt else {"generations": facts})
+        screen.result("", facts[0] if prompt is not None else {"generations": facts})
     else:
         # Not through rich, which would replace tabs and :names:.
         text = _safe("\n\n".join(map(_told, facts)), terminal=screen.out.is_terminal)
@@ -93,7 +95,7 @@ def _answered(
     asked, ends = prompts.encode(
         texts,
         tokenizer,
-        plain=_is_plain(data),
+        plain=saved.trained_on_text,
         system=data.get("system") if system is None else system,
         template_sha256=passport.get("template_sha256"),
         where=Place(str(saved.folder)),
@@ -116,6 +118,26 @@ def _answered(
         with switched_off(model):
             theirs = answers() if compare else [None] * len(ours)
     return [_facts(*one) for one in zip(texts, ours, theirs, strict=True)]
+
+
+def _decoding(
+    max_new_tokens: int, temperature: float, top_p: float | None, seed: int | None
+) -> "Decoding":
+    """Return how tokens are chosen.
+
+    Raises:
+        BadInput: `usage` when an option for draws is given, and nothing is drawn.
+    """
+    from lorakit.evaluation.generation import Decoding
+
+    given = {"top_p": top_p, "seed": seed}
+    asked: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    decoding = Decoding(max_new_tokens, temperature, **asked)
+    if asked and decoding.is_greedy:
+        option = f"--{next(iter(asked)).replace('_', '-')}"
+        message = f"{option} is for draws, but --temperature {temperature:g} draws nothing"
+        raise usage(message, "add --temperature 0.7, say")
+    return decoding
 
 
 def _texts(prompt: str | None, file: Path | None) -> list[str]:
@@ -169,12 +191,6 @@ def _tokenizer(saved: "Saved", base: "Base") -> "PreTrainedTokenizerBase":
             links_into=saved.links_into,
         )
     return load_tokenizer(base)
-
-
-def _is_plain(data: Mapping[str, Any]) -> bool:
-    """Tell whether the recipe trained on plain text, which knows no template."""
-    formats = {source.get("format") or data.get("format") for source in data.get("train", ())}
-    return formats == {"text"}
 
 
 def _facts(prompt: str, ours: "Generation", base: "Generation | None") -> dict[str, Any]:

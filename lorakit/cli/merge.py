@@ -7,6 +7,7 @@ import typer
 
 from lorakit.cli.command import AllowLocalCode, AllowRemoteCode, command
 from lorakit.cli.screen import Screen, usage
+from lorakit.host import GIB
 
 MOST_SCALE = 1e6
 UNITS = {
@@ -16,7 +17,7 @@ UNITS = {
     "GB": 10**9,
     "KIB": 1 << 10,
     "MIB": 1 << 20,
-    "GIB": 1 << 30,
+    "GIB": GIB,
 }
 
 BaseOption = Annotated[
@@ -66,8 +67,8 @@ def merge(
     from rich.text import Text
 
     from lorakit import adapters
-    from lorakit.cli.comparing import losses_of
-    from lorakit.cli.finding import find_base, recipe_of
+    from lorakit.cli.adapter_base import find_base, recipe_of
+    from lorakit.cli.merge_losses import losses_of
     from lorakit.export import merge as merging
     from lorakit.runtime import start
     from lorakit.storage.disk import free_space
@@ -114,4 +115,4 @@ def _bytes(size: str) -> int:
 
 
 def _size(count: int) -> str:
-    return f"{count / (1 << 30):.1f} GiB" if count >= 1 << 27 else f"{count / (1 << 20):.1f} MiB"
+    return f"{count / GIB:.1f} GiB" if count >= 1 << 27 else f"{count / (1 << 20):.1f} MiB"

@@ -9,6 +9,8 @@ import typer
 from lorakit.cli.command import AllowLocalCode, AllowRemoteCode, RecipeArgument, SetOption, command
 from lorakit.cli.screen import Screen, usage
 from lorakit.errors import BadInput, CheckFailed
+from lorakit.host import GIB
+from lorakit.storage.publish import check_file
 
 if TYPE_CHECKING:
     from lorakit.training.fitting import Change
@@ -35,7 +37,7 @@ def plan(
     allow_remote_code: AllowRemoteCode = False,
 ) -> None:
     """Show sites, counts, steps, memory, time and warnings; exit 1 when it will not fit."""
-    from lorakit.cli.reading import read_recipe
+    from lorakit.cli.recipe_argument import read_recipe
     from lorakit.runtime import start
     from lorakit.training import summary
     from lorakit.training.plan import Permissions, make
@@ -44,19 +46,21 @@ def plan(
 
     if gpu and measure:
         raise usage("--gpu plans for another machine, so there is nothing to measure here")
+    if fit:
+        check_file(fit)  # before the plan, which may take minutes
     target = card(gpu) if gpu else None
     permissions = Permissions(screen.offline, allow_local_code, allow_remote_code)
     runtime = start()
 
-    def planned(extra: list[str]) -> "Plan":
+    def plan_with(extra: list[str]) -> "Plan":
         loaded = read_recipe(screen, recipe, [*(changes or ()), *extra])
         return make(loaded, runtime, permissions, card=target, weights=measure)
 
-    made = planned([])
+    made = plan_with([])
     screen.notice(*made.notices)
     rate = Rate.of(target) if target else Rate.measured(runtime, made.dtype)
     lines, facts = summary.lines(made, rate, target), summary.facts(made, rate)
-    change = find_change(made, planned)
+    change = find_change(made, plan_with)
     error = does_not_fit(made, change)
     if error is None and measure and rate:
         seen = trial(made, runtime, rate)
@@ -66,7 +70,7 @@ def plan(
         facts["change"] = change.keys
         lines.append(("Change", f"{change.options}  = {summary.gib(change.memory)}"))
     if fit and (change or error is None):
-        screen.say(f"wrote {write_fitting(fit, planned(change.overrides if change else []))}")
+        screen.say(f"wrote {write_fitting(fit, plan_with(change.overrides if change else []))}")
     code = error.exit_code if error else 0
     facts |= {"error": screen.described(error)} if error else {}
     screen.result("\n".join(f"{label:9} {text}" for label, text in lines), facts, exit=code)
@@ -84,7 +88,7 @@ def does_not_fit(plan: "Plan", change: "Change | None") -> CheckFailed | None:
     free = disk.pop("free")
     if sum(disk.values()) <= free:
         return None
-    needs, there = f"{sum(disk.values()) / 2**30:.1f} GiB of disk", f"{free / 2**30:.1f} GiB"
+    needs, there = f"{sum(disk.values()) / GIB:.1f} GiB of disk", f"{free / GIB:.1f} GiB"
     help = "lower train.keep_checkpoints, or move output_dir"
     return CheckFailed(ID, f"needs about {needs}, {there} are there", help=help)
 
@@ -93,20 +97,20 @@ def will_not_fit(plan: "Plan", change: "Change | None") -> CheckFailed:
     """Return the error of a plan that needs more memory than there is, and what would help."""
     from lorakit.training import summary
 
-    needs, there = summary.gib(plan.memory), f"{plan.free_bytes / 2**30:.1f} GiB"
+    needs, there = summary.gib(plan.memory), f"{plan.free_bytes / GIB:.1f} GiB"
     help = "nothing in the recipe makes it small enough; take a smaller base"
     if change:
         help = f"it fits with {change.options}"
     return CheckFailed(ID, f"needs about {needs}, {there} are there", help=help)
 
 
-def find_change(plan: "Plan", planned: Callable[[list[str]], "Plan"]) -> "Change | None":
+def find_change(plan: "Plan", plan_with: Callable[[list[str]], "Plan"]) -> "Change | None":
     """Return the cheapest change that makes a plan fit, after planning with it."""
     if plan.fits:
         return None
     change = plan.change(plan.free_bytes)
     try:
-        return change if change and planned(change.overrides).fits else None
+        return change if change and plan_with(change.overrides).fits else None
     except BadInput:  # the data, or the base, cannot be used so
         return None
 

@@ -72,8 +72,8 @@ def train(
     overrides += [f"train.max_steps={max_steps}"] if max_steps else []
     overrides += [f"output_dir={json.dumps(str(out))}"] if out else []
 
-    from lorakit.cli.reading import read_recipe
-    from lorakit.cli.running import run
+    from lorakit.cli.recipe_argument import read_recipe
+    from lorakit.cli.train_run import run
     from lorakit.training.plan import Permissions
 
     def read(extra: list[str]) -> "Recipe":

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from lorakit.data.packing import pack, padded_groups, spread
 from lorakit.data.prepare import Dataset
-from lorakit.data.tokens import MASKED, Example, Examples
+from lorakit.data.tokens import Example, Examples
 from lorakit.errors import BadInput, Place
+from lorakit.model.inputs import MASKED
 from lorakit.recipe.sections import Train
 from lorakit.runtime import Runtime
 

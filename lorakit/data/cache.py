@@ -27,8 +27,9 @@ from lorakit.data.items import Request
 from lorakit.data.prepare import Dataset, longest_allowed, prepare, renderer_of
 from lorakit.data.report import Counts, Report
 from lorakit.data.source import digest
-from lorakit.data.tokens import MASKED, TABLE, Example, Examples, Prompt
+from lorakit.data.tokens import TABLE, Example, Examples, Prompt
 from lorakit.errors import LorakitError, Notice, Place
+from lorakit.model.inputs import MASKED
 from lorakit.storage import strict_json
 from lorakit.storage.disk import make_folder
 from lorakit.storage.hashing import sha256_file, sha256_json

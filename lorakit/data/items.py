@@ -61,11 +61,12 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A conversation, where its row stands, and its repeats per epoch."""
+    """A conversation, where its row stands, its repeats per epoch and the format it was read by."""
 
     conversation: Conversation
     place: Place
     weight: float
+    format: str
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def _conversations(loaded: Loaded, format: Format, notices: list[Notice]) -> lis
     for row in loaded.rows:
         value = formats.renamed(row.value, loaded.source.columns)
         try:
-            items.append(Item(format.read(value), row.place, loaded.source.weight))
+            items.append(Item(format.read(value), row.place, loaded.source.weight, format.name))
         except BadInput as error:
             faults.add(error, row.place)
             continue

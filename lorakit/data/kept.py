@@ -1,6 +1,6 @@
 """Which rows are kept, which are not and why: nothing is lost without a count and a place."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -31,6 +31,7 @@ class Kept:
     examples: list[Example] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
     prompts: list[Prompt] = field(default_factory=list)
+    formats: Counter[str] = field(default_factory=Counter)
     dropped: dict[str, list[Place]] = field(default_factory=lambda: defaultdict(list))
     spelled: list[Place] = field(default_factory=list)
     inconsistent: Faults = field(default_factory=Faults)
@@ -47,6 +48,7 @@ class Kept:
             BadInput: when the template is missing, unsafe or goes beyond a limit.
         """
         self.read += len(items)
+        self.formats.update(item.format for item in items)
         rows: list[tuple[Item, Rendered]] = []
         for item in items:
             try:
@@ -175,6 +177,7 @@ class Kept:
         return Counts.of(
             self.examples,
             read=self.read,
+            formats=self.formats,
             dropped=dropped,
             longest=self.longest,
             stops=stops,

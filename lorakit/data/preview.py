@@ -8,8 +8,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lorakit.data.items import Item
 from lorakit.data.template import Renderer
-from lorakit.data.tokens import MASKED, Encoder
+from lorakit.data.tokens import Encoder
 from lorakit.errors import Place
+from lorakit.model.inputs import MASKED
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,13 @@ PADDED_ROWS = 8  # rows of the batches that the padding share is worked out for
 
 @dataclass(frozen=True)
 class Counts:
-    """One set, train or eval. `dropped` is by reason; `longest` counts dropped rows too."""
+    """One set, train or eval. `dropped` is by reason; `longest` counts dropped rows too.
+
+    `formats` says how many of the rows read are in each format, those found by `auto` included.
+    """
 
     read: int
+    formats: Mapping[str, int]
     rows: int
     dropped: Mapping[str, int]
     cut: int
@@ -35,6 +39,7 @@ class Counts:
         examples: Sequence[Example],
         *,
         read: int,
+        formats: Mapping[str, int],
         dropped: Mapping[str, int],
         longest: int,
         stops: frozenset[int],
@@ -45,6 +50,7 @@ class Counts:
         Args:
             examples: the rows kept.
             read: rows before any was dropped.
+            formats: the same rows, by the format they were read by.
             dropped: rows dropped, by reason.
             longest: tokens of the longest row read.
             stops: ids that end an answer.
@@ -57,6 +63,7 @@ class Counts:
         padded = sum(len(group) * max(group) for group in groups)
         return cls(
             read=read,
+            formats=dict(formats),
             rows=len(examples),
             dropped=dict(dropped),
             cut=sum(example.cut for example in examples),
@@ -73,7 +80,8 @@ class Counts:
     def facts(self) -> dict[str, Any]:
         """Return the counts as JSON holds them."""
         percentiles = {f"p{q}": value for q, value in self.percentiles.items()}
-        return {**vars(self), "dropped": dict(self.dropped), "percentiles": percentiles}
+        by_name = {"formats": dict(self.formats), "dropped": dict(self.dropped)}
+        return {**vars(self), **by_name, "percentiles": percentiles}
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lorakit.data.template import BREAK, Rendered, Special
 from lorakit.errors import BadInput, Place
+from lorakit.model.inputs import MASKED
 from lorakit.model.tokenizer import refusals
-
-MASKED = -100
 
 # What is known of each example: where its tokens end, how many are trained, where it stands.
 TABLE = np.dtype(

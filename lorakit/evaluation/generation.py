@@ -32,6 +32,11 @@ class Decoding:
     top_p: float = 1.0
     seed: int = 0
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken, so that nothing is drawn."""
+        return self.temperature < COLDEST
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -209,7 +214,7 @@ def _roomy_cache(model: PreTrainedModel, room: int) -> DynamicCache:
 
 def _choose(logits: Tensor, decoding: Decoding, draws: Sequence[torch.Generator]) -> Tensor:
     """Choose the next token of each row from its logits (rows, vocabulary)."""
-    if decoding.temperature < COLDEST:
+    if decoding.is_greedy:
         return logits.argmax(-1)
     shares, order = (logits / decoding.temperature).softmax(-1).sort(dim=-1, descending=True)
     reached = shares.cumsum(-1)

@@ -23,17 +23,17 @@ LIMITS = (
 )
 
 
-def write_card(folder: Path, metrics: Mapping[str, Any] | None = None) -> None:
+def write_card(folder: Path) -> None:
     """Write README.md into an adapter's folder, over the one that is there.
 
     Raises:
         RunFailed: when the disk refuses.
     """
-    publish_file(folder / CARD, card(read(folder), metrics).encode(), replace=True)
+    publish_file(folder / CARD, card(read(folder)).encode(), replace=True)
 
 
-def card(saved: Saved, metrics: Mapping[str, Any] | None = None) -> str:
-    """Return the model card of an adapter; `metrics` are those of an evaluation's `results.json`.
+def card(saved: Saved) -> str:
+    """Return the model card of an adapter.
 
     The base is called by its hub id or the name of its folder, and no path is absolute.
     """
@@ -44,19 +44,19 @@ def card(saved: Saved, metrics: Mapping[str, Any] | None = None) -> str:
     method, title = saved.method().name(), passport.get("recipe_name") or saved.folder.name
     maker = f"lorakit {passport['lorakit']}" if "lorakit" in passport else "lorakit"
     parts = [
-        _front_matter(passport, method, name, title, metrics or {}),
+        _front_matter(passport, method, name),
         f"# {title}\n\nAn adapter ({method}) for `{name}`{commit}, trained with {maker}.",
         "## Use",
-        *_use(saved, name),
+        *_use(saved.folder.name, name, passport.get("servable", {})),
         "## Prompt format",
-        *_prompt_format(saved.folder, recipe.get("data", {}).get("system")),
+        *_prompt_format(saved, recipe.get("data", {}).get("system")),
         "## Data",
         _table(("set", "rows", "tokens", "trained tokens"), _counts(passport.get("data", {}))),
         "\n".join(_sources(passport.get("data", {}))),
         "## Settings",
         _table(("setting", "value"), _settings(passport)),
         "## Metrics",
-        _table(("metric", "adapter", "base"), _metrics(passport, metrics or {})),
+        _table(("metric", "value"), _metrics(passport.get("metrics", {}))),
         "## Limits",
         LIMITS,
     ]
@@ -66,21 +66,12 @@ def card(saved: Saved, metrics: Mapping[str, Any] | None = None) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _front_matter(
-    passport: Mapping[str, Any], method: str, name: str, title: str, metrics: Mapping[str, Any]
-) -> str:
+def _front_matter(passport: Mapping[str, Any], method: str, name: str) -> str:
     """Return the block that model hubs read; every value is JSON, which YAML includes."""
     base = passport.get("base", {})
     on_hub = bool(base.get("revision"))
     sources = passport.get("recipe", {}).get("data", {}).get("train", ())
     hub_data = [s["path"] for s in sources if not s["path"].endswith(LOCAL_DATA)]
-    measured = [
-        {"type": metric, "name": metric, "value": one["adapter"]}
-        for metric, one in metrics.items()
-        if one.get("adapter") is not None
-    ]
-    task = {"type": "text-generation"}
-    data = {"type": "eval", "name": "eval"}
     values: dict[str, Any] = {
         "library_name": "peft",
         "base_model": name if base.get("name") else None,
@@ -93,15 +84,13 @@ def _front_matter(
             *([f"base_model:adapter:{name}"] if on_hub else []),
         ],
         "datasets": hub_data,
-        "model-index": measured
-        and [{"name": title, "results": [{"task": task, "dataset": data, "metrics": measured}]}],
     }
     lines = [f"{key}: {json.dumps(value)}" for key, value in values.items() if value]
     return "\n".join(["---", *lines, "---"])
 
 
-def _use(saved: Saved, name: str) -> Iterable[str]:
-    folder = saved.folder.name
+def _use(folder: str, name: str, servable: Mapping[str, str]) -> Iterable[str]:
+    """Show how the adapter is used; what serves it is what the passport says, if it does."""
     yield f'```\nlorakit generate {folder} "Your prompt"\nlorakit merge {folder} --out merged\n```'
     yield (
         "With PEFT:\n\n```python\n"
@@ -111,18 +100,23 @@ def _use(saved: Saved, name: str) -> Iterable[str]:
         f"model = PeftModel.from_pretrained(base, {json.dumps(folder)})\n"
         f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(folder)})\n```"
     )
-    config = saved.config.values
-    odd = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern")
-    if config.get("peft_type") == "LORA" and not any(config.get(key) for key in odd):
-        rank = max(8, 1 << (config["r"] - 1).bit_length())
+    verdict = servable.get("vLLM", "no")
+    if verdict.startswith("yes"):
+        options = verdict.removeprefix("yes").replace(", with", "")
         yield (
             f"With vLLM:\n\n```\nvllm serve {name} --enable-lora "
-            f"--lora-modules {folder}={folder} --max-lora-rank {rank}\n```"
+            f"--lora-modules {folder}={folder}{options}\n```"
         )
+    if servable:
+        yield _table(("program", "serves it"), list(servable.items()))
 
 
-def _prompt_format(folder: Path, system: str | None) -> Iterable[str]:
+def _prompt_format(saved: Saved, system: str | None) -> Iterable[str]:
     """Show what one question becomes; a template that cannot show it is named only."""
+    if saved.trained_on_text:
+        yield "Plain text: the training used no chat template."
+        return
+    folder = saved.folder
     settings: dict[str, Any] = {}
     if (folder / TOKENIZER).is_file():
         settings = strict_json.read_object(folder / TOKENIZER, "tokenizer.missing")
@@ -173,19 +167,9 @@ def _settings(passport: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _metrics(passport: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    if metrics:
-        return [
-            (name, *(_number(one.get(k)) for k in ("adapter", "base")))
-            for name, one in metrics.items()
-        ]
-    known = passport.get("metrics", {})
+def _metrics(known: Mapping[str, Any]) -> list[tuple[str, ...]]:
     labels = {"loss": "training loss, last", "best_eval_loss": "evaluation loss, best"}
-    return [(labels[key], _number(known[key]), "") for key in labels if known.get(key) is not None]
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+    return [(labels[key], f"{known[key]:.4g}") for key in labels if known.get(key) is not None]
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -27,7 +27,6 @@ from lorakit.threads import Threads
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
 KEPT = (0.1, 1.5)  # share of the adapter's effect
 PRODUCTS = 4  # in a row, in one decoder layer
-GIB = 1 << 30
 
 TOKENS = 4  # of each prompt: enough for a difference to show, few enough to be quick
 

@@ -16,7 +16,7 @@ from lorakit.data.batches import eval_batches
 from lorakit.data.tokens import Example
 from lorakit.devices import resolve_dtype
 from lorakit.export.blocks import MergedTensors
-from lorakit.export.merge import Plan
+from lorakit.export.merge import MergePlan
 from lorakit.export.target import open_target
 from lorakit.model.base import skeleton
 from lorakit.model.sites import find_sites
@@ -97,7 +97,7 @@ def few(rows: Iterable[Example]) -> list[Example]:
 
 
 def measure(
-    plan: Plan,
+    plan: MergePlan,
     rows: Sequence[Example],
     runtime: Runtime,
     advance: Callable[[int], None] = lambda _: None,

@@ -14,11 +14,12 @@ from lorakit.adapters import Saved, check_base, merge_layers
 from lorakit.devices import DTYPES
 from lorakit.errors import BadInput, CheckFailed, Notice
 from lorakit.export.blocks import MergedTensors
-from lorakit.export.logits import BOUNDS, GIB, compare_logits, needed_bytes
+from lorakit.export.logits import BOUNDS, compare_logits, needed_bytes
 from lorakit.export.shards import Shard, planned_shards, write_index, write_shard
 from lorakit.export.target import open_target, trained_on
 from lorakit.export.texts import find_texts, write_texts
 from lorakit.export.verify import check_written
+from lorakit.host import GIB
 from lorakit.model.base import Base, skeleton
 from lorakit.model.merged import REPORT, texts_of
 from lorakit.model.quantized import Quantization
@@ -51,7 +52,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MergePlan:
     """A merge before it costs anything: every tensor and every file, and warnings."""
 
     saved: Saved
@@ -86,7 +87,7 @@ class Plan:
 
 
 @contextmanager
-def planned(saved: Saved, base: Base, out: Path, options: Options) -> Iterator[Plan]:
+def planned(saved: Saved, base: Base, out: Path, options: Options) -> Iterator[MergePlan]:
     """Yield the plan of a merge, the base's files open, after every check that reads no weights.
 
     Raises:
@@ -102,11 +103,13 @@ def planned(saved: Saved, base: Base, out: Path, options: Options) -> Iterator[P
         tensors = MergedTensors(weights, layers, sites, dtype=dtype, scale=options.scale)
         shards = planned_shards(tensors, options.max_shard)
         notices = (*saved.notices, *base.notices, *([notice] if notice else []))
-        yield Plan(saved, base, out, options, tensors, shards, find_texts(saved, base), notices)
+        yield MergePlan(
+            saved, base, out, options, tensors, shards, find_texts(saved, base), notices
+        )
 
 
 def merge(
-    plan: Plan,
+    plan: MergePlan,
     runtime: Runtime,
     advance: Callable[[int], None] = lambda _: None,
     losses: Mapping[str, Any] | None = None,
@@ -181,7 +184,7 @@ def verdict(report: Mapping[str, Any]) -> str:
     )
 
 
-def _compared(plan: Plan, folder: Path, runtime: Runtime, threads: Threads) -> dict[str, Any]:
+def _compared(plan: MergePlan, folder: Path, runtime: Runtime, threads: Threads) -> dict[str, Any]:
     """Compare logits, or say why not.
 
     Raises:

@@ -10,8 +10,7 @@ import torch
 from lorakit.adapters import Saved
 from lorakit.devices import DTYPES
 from lorakit.errors import BadInput, RunFailed
-from lorakit.export.logits import GIB
-from lorakit.host import available_bytes
+from lorakit.host import GIB, available_bytes
 from lorakit.model.base import Base, skeleton
 from lorakit.model.dequantised import dequantised
 from lorakit.model.quantized import Quantization

@@ -1,8 +1,9 @@
 """What happens between the matrix products of a block, with its backward, as plain functions.
 
-A `Source` says what a product reads: its inputs are kept, and what it makes of them is made again
-in the backward pass instead of being kept. Each function is a few operations on tensors in
-memory; `fuse_kernels` lets torch.compile make one kernel of each, from the same text.
+A `Prologue`, as kernels call what is fused in front of a product, makes what the product reads: its
+inputs are kept, and what it makes of them is made again in the backward pass. Each function is a
+few operations on tensors in memory; `fuse_kernels` lets torch.compile make one kernel of each, from
+the same text.
 """
 
 from collections.abc import Callable
@@ -184,7 +185,7 @@ class Gated(NamedTuple):
 
 # forward(*inputs) returns what is read, (rows, dim), and what to keep besides the inputs;
 # backward(grad, *inputs, *kept) returns what was read, again, and the gradients of the inputs.
-Source = Itself | Normed | Gated
+Prologue = Itself | Normed | Gated
 
 
 def rms_normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -15,7 +15,7 @@ from lorakit.model.patterns import PREFIX, matching
 from lorakit.model.quantized import QuantizedLinear
 from lorakit.storage.redact import printable
 
-Kind = Literal["linear", "conv1d", "embedding", "norm", "block"]
+Kind = Literal["linear", "conv1d", "embedding", "norm"]
 Role = Literal["q", "k", "v", "qkv", "o", "gate", "up", "down", "gate_up", "head", "embed", "other"]
 
 ATTENTION: frozenset[Role] = frozenset({"q", "k", "v", "qkv", "o"})

@@ -29,7 +29,7 @@ _SMALL = 1 << 20
 _SAMPLES = 16
 
 
-class Source(Protocol):
+class TensorSource(Protocol):
     """Tensors by name: a file's, or what stands in for them."""
 
     @property
@@ -81,7 +81,7 @@ class Weights:
     name the later one counts. What is `hidden` is no tensor of the model.
     """
 
-    def __init__(self, sources: Mapping[str, Source], hidden: Collection[str] = ()) -> None:
+    def __init__(self, sources: Mapping[str, TensorSource], hidden: Collection[str] = ()) -> None:
         self.sources = sources
         self.file_of = {name: file for file, source in sources.items() for name in source.names}
         for name in hidden:
@@ -187,7 +187,7 @@ def open_folder(folder: Path, *, links_into: Path | None = None) -> Weights:
     if not index.is_file():
         raise _no_weights(folder)
     placed = _weight_map(index)
-    sources: dict[str, Source] = {}
+    sources: dict[str, TensorSource] = {}
     try:
         for shard in dict.fromkeys(placed.values()):
             path = inside(folder, shard, links_into=links_into)

@@ -167,6 +167,19 @@ def check_place(target: Path) -> None:
         raise BadInput("output.not-empty", message, where=str(target), help="choose another place")
 
 
+def check_file(target: Path, *, replace: bool = False) -> None:
+    """Check that `publish_file` may write there, before the work whose result it will hold.
+
+    Raises:
+        BadInput: `security.path` or `output.not-empty`; a file that is there may be replaced.
+    """
+    check_place(target)
+    if os.path.isdir(target):
+        message = "is a folder; the name of a file was expected"
+        raise BadInput("output.not-empty", message, where=str(target), help="name a file in it")
+    _check(target, replace=replace)
+
+
 def is_aside(name: str) -> bool:
     """Tell whether an entry is what a publication keeps beside its target until it has ended."""
     return _ASIDE.fullmatch(name) is not None

@@ -17,7 +17,6 @@ from lorakit.model.quantized import Quantization
 from lorakit.recipe.sections import Optimizer
 from lorakit.training.trace import Trace
 
-GIB = 2**30
 # On a CPU the interpreter and its libraries, on a GPU the context of its driver.
 OVERHEAD, CONTEXT = 600 << 20, 500 << 20
 # On a CPU, beside tensors that are alive: what libraries keep once they have multiplied, and, as a

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from lorakit.errors import EnvironmentLacks, Notice, RunFailed
+from lorakit.host import GIB
 from lorakit.recipe.sections import Optimizer, Train
 from lorakit.storage.redact import printable
-from lorakit.training.memory import GIB, state_bytes
+from lorakit.training.memory import state_bytes
 
 # What a paged optimizer is where there is no GPU to page from.
 UNPAGED: Mapping[Optimizer, Optimizer] = {

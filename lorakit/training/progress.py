@@ -13,9 +13,8 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from lorakit.host import GIB
 from lorakit.storage.disk import append_line
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)

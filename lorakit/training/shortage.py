@@ -8,12 +8,13 @@ import torch
 
 from lorakit.data.batches import Batch
 from lorakit.errors import RunFailed
+from lorakit.host import GIB
 from lorakit.model.checkpointing import checkpoint_layers
 from lorakit.model.loss import token_loss
 from lorakit.scoring import put
 from lorakit.training.fitting import MARGIN, needed, scale_of, settle
 from lorakit.training.folder import RunFolder
-from lorakit.training.memory import GIB, estimate
+from lorakit.training.memory import estimate
 from lorakit.training.plan import Plan
 from lorakit.training.run import Run
 

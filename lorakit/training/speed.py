@@ -10,8 +10,9 @@ import torch
 
 from lorakit.devices import DTYPES, NATIVE_BF16
 from lorakit.errors import BadInput, EnvironmentLacks, one_of
+from lorakit.host import GIB
 from lorakit.runtime import Runtime
-from lorakit.training.memory import GIB, Setup, Shape
+from lorakit.training.memory import Setup, Shape
 
 # What of the rate of large products a whole step reaches. On a CPU 0.68 was seen with fp32 on a
 # Xeon (`scripts/bench/README.md`); on a GPU nothing was measured yet.

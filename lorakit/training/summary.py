@@ -4,8 +4,9 @@ from typing import Any
 
 from lorakit.devices import DTYPES
 from lorakit.errors import one_of
+from lorakit.host import GIB
 from lorakit.storage.disk import free_space
-from lorakit.training.memory import GIB, OVERHEAD, Memory, optimizer_bytes
+from lorakit.training.memory import OVERHEAD, Memory, optimizer_bytes
 from lorakit.training.optim import warmup_steps
 from lorakit.training.plan import Plan
 from lorakit.training.progress import duration

@@ -5,11 +5,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lorakit.host import GIB
 from lorakit.processes import Stop
 from lorakit.runtime import Runtime
 from lorakit.training import loop
 from lorakit.training.folder import RunFolder
-from lorakit.training.memory import GIB, estimate
+from lorakit.training.memory import estimate
 from lorakit.training.plan import Plan
 from lorakit.training.progress import Reporter
 from lorakit.training.run import choose_kernels, prepare

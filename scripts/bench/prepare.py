@@ -22,8 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from lorakit.data.batches import Steps
 from lorakit.data.tokens import Example
 from lorakit.errors import Place
+from lorakit.model.inputs import MASKED
 
-MASKED = -100
 TEXT = Path(__file__).parents[2] / "recipes" / "data" / "support" / "train.jsonl"
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}"
 

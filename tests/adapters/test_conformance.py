@@ -211,13 +211,6 @@ def test_without_weights_only_shapes_are_made(family, name):
     assert all(tensor.device.type == "meta" for tensor in adapters.trainable(skeleton).values())
 
 
-def test_schedule_state_survives(name):
-    method = method_of(name)
-    again = method_of(name)
-    again.load_state(method.state())
-    assert again.state() == method.state()
-
-
 @pytest.mark.parametrize(("held", "dropout"), [("fp32", 0), ("nf4", 0), ("fp32", 0.3)])
 def test_gradients_are_the_same_when_layers_are_recomputed(family, name, held, dropout):
     """The masks of a dropout are drawn again as they were."""

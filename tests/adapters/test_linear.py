@@ -83,7 +83,7 @@ class Configuration(NamedTuple):
     inputs: int
     sites: tuple[tuple[int, int, bool], ...]
     kind: str  # of the bases: linear, conv1d, opaque, or none, where the update is added alone
-    source: str
+    prologue: str
     residual: bool
     layout: str
     trained: tuple[bool, bool, bool]  # inputs, A and B
@@ -91,7 +91,7 @@ class Configuration(NamedTuple):
 
 def drawn(draw: random.Random) -> Configuration:
     kind = draw.choice(("linear", "linear", "conv1d", "opaque", "none"))
-    source = (
+    prologue = (
         draw.choice(("itself", "normed", "gated")) if kind in ("linear", "conv1d") else "itself"
     )
     count = draw.choice((1, 1, 2, 3)) if kind in ("linear", "conv1d") else 1
@@ -105,7 +105,7 @@ def drawn(draw: random.Random) -> Configuration:
         draw.randint(1, 5),
         tuple(sites),
         kind,
-        source,
+        prologue,
         kind == "none" or (count == 1 and kind != "opaque" and draw.random() < 0.5),
         layout,
         trained,
@@ -132,10 +132,10 @@ def configurations() -> list[Configuration]:
 
 def test_finite_differences_are_taken_of_every_kind():
     found = configurations()
-    for field in ("kind", "source", "residual", "layout", "trained"):
+    for field in ("kind", "prologue", "residual", "layout", "trained"):
         counts = Counter(getattr(one, field) for one in found)
         assert min(counts.values()) >= 15, counts
-    together = Counter((one.source, len(one.sites), one.residual) for one in found)
+    together = Counter((one.prologue, len(one.sites), one.residual) for one in found)
     assert len(together) == 12, together  # a residual goes with one site
     assert min(together.values()) >= 4, together
 
@@ -150,10 +150,10 @@ def test_gradients_are_those_of_finite_differences(part):
 def check_gradients(one: Configuration, seed: int) -> None:
     inputs = [
         case(one.rows, one.inputs, 1, 1, seed=seed + extra, layout=one.layout)[0]
-        for extra in range(1 + (one.source == "gated"))
+        for extra in range(1 + (one.prologue == "gated"))
     ]
     weight = 1 + 0.1 * case((), one.inputs, 1, 1, seed=seed)[0]
-    source = {"itself": ITSELF, "normed": Normed(weight, 1e-5), "gated": Gated()}[one.source]
+    prologue = {"itself": ITSELF, "normed": Normed(weight, 1e-5), "gated": Gated()}[one.prologue]
     bases, factors, scales = [], [], []
     for place, (outputs, rank, biased) in enumerate(one.sites):
         _, W, bias, A, B = case((1,), one.inputs, outputs, rank, seed=seed + 10 * place)
@@ -175,7 +175,7 @@ def check_gradients(one: Configuration, seed: int) -> None:
         if one.kind == "opaque":
             return low_rank_linear(xs[0], Opaque(bases[0]), updates[0])
         of = [Product(base, update) for base, update in zip(bases, updates, strict=True)]
-        return products(xs, of, source=source, added=residual)
+        return products(xs, of, prologue=prologue, added=residual)
 
     assert torch.autograd.gradcheck(product, leaves, eps=1e-6, atol=1e-7, rtol=1e-6), one
 

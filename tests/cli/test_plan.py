@@ -55,6 +55,22 @@ def test_the_plan_is_exact_about_sites_parameters_and_steps(
     assert "6 (3 an epoch x 2)" in shown
 
 
+@pytest.mark.parametrize("there", ["file", "folder", "below a file"])
+def test_where_the_fitting_recipe_goes_is_checked_before_anything_is_planned(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str
+) -> None:
+    monkeypatch.delattr(base, "find")  # planning would fail
+    fitted = {
+        "file": Path(recipe),
+        "folder": tmp_path / "empty",
+        "below a file": Path(recipe) / "fitted.yaml",
+    }[there]
+    (tmp_path / "empty").mkdir()
+    ended = runner.invoke(app, ["plan", recipe, "--fit", str(fitted), "--json"])
+    assert ended.exit_code == 2, ended.stderr
+    assert json.loads(ended.stdout)["error"]["id"] == "output.not-empty"
+
+
 def test_a_plan_that_does_not_fit_exits_1(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Runtime, "free_bytes", lambda _: 1000)
     ended = runner.invoke(app, ["plan", recipe])

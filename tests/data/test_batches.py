@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from lorakit.data import batches
 from lorakit.data.batches import Batch, Steps, eval_batches, permutation
 from lorakit.data.packing import pack, padded_groups
-from lorakit.data.tokens import MASKED, Example
+from lorakit.data.tokens import Example
 from lorakit.errors import Place
+from lorakit.model.inputs import MASKED
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 PACKINGS = st.sampled_from([True, False, "dense"])

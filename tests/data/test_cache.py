@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from lorakit.data import cache, source
 from lorakit.data.items import Request
 from lorakit.data.prepare import Dataset
-from lorakit.data.tokens import MASKED, Example, Examples
+from lorakit.data.tokens import Example, Examples
 from lorakit.errors import BadInput, Place
+from lorakit.model.inputs import MASKED
 from lorakit.recipe.sections import Source
 from lorakit.storage.manifest import NAME, check_manifest, write_manifest
 from tests.data.given import ask, base_tokenizer, llama3_like, prepared, rows_file, section

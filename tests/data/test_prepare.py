@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from lorakit.data.formats import Conversation, Message
 from lorakit.data.items import Item, split
 from lorakit.data.prepare import Dataset
-from lorakit.data.tokens import MASKED
 from lorakit.errors import BadInput, Place
+from lorakit.model.inputs import MASKED
 from lorakit.recipe.sections import Source
 from tests.data.given import (
     THINKING,
@@ -46,6 +46,20 @@ def test_clean_data_says_nothing(tmp_path: Path) -> None:
     assert counts.tokens == sum(len(example.ids) for example in found.train)
     assert counts.trained == sum((example.labels != MASKED).sum() for example in found.train)
     assert counts.longest == max(len(example.ids) for example in found.train)
+
+
+def test_the_formats_that_were_found_are_counted(tmp_path: Path) -> None:
+    """Rows that are dropped count too: they were read."""
+    chat = rows_file(tmp_path, [*SHORT, LONG], "chat.jsonl")
+    text = rows_file(tmp_path, [{"text": "once upon a time"}] * 3, "text.jsonl")
+    data = section(chat, max_length=50, eval=str(text))
+    both = [Source(path=str(chat)), Source(path=str(text))]
+    found = prepared(data.model_copy(update={"train": tuple(both)})).report
+    assert found.train is not None
+    assert found.train.formats == {"prompt_completion": 21, "text": 3}
+    assert found.eval is not None
+    assert found.eval.formats == {"text": 3}
+    assert found.facts()["train"]["formats"] == found.train.formats
 
 
 ROW = json.dumps(ask("2 + 2?", "4")).encode()
@@ -222,7 +236,7 @@ def test_a_wrong_mapping(
 @given(n=st.integers(2, 60), share=st.floats(0.01, 0.99), seed=st.integers(0, 9))
 def test_the_split_is_a_partition_that_the_seed_decides(n: int, share: float, seed: int) -> None:
     conversation = Conversation((Message("assistant", "x"),))
-    items = [Item(conversation, Place("rows.jsonl", k), 1.0) for k in range(n)]
+    items = [Item(conversation, Place("rows.jsonl", k), 1.0, "text") for k in range(n)]
     train, held = split(items, share, seed)
     lines = [item.place.line for item in train], [item.place.line for item in held]
     assert sorted(lines[0] + lines[1]) == list(range(n))

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from lorakit.data.formats import Conversation, Message
 from lorakit.data.template import BREAK, Renderer
-from lorakit.data.tokens import MASKED, Encoded, Encoder
+from lorakit.data.tokens import Encoded, Encoder
 from lorakit.errors import BadInput
+from lorakit.model.inputs import MASKED
 from tests.data.given import (
     MISTRAL,
     THINKING,

@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 import pytest
 from typer.testing import CliRunner
 
+from lorakit import adapters
 from lorakit.cli.app import app
 from tests.export.adapters import find_base, save_adapter
 from tests.tiny import write_tiny_model
@@ -117,12 +118,54 @@ def test_generate_prints_the_text_alone(run: Any, folder: Path):
     assert run("generate", "run", "x", "--prompt-file", "prompts.txt").exit_code == 2
 
 
+def test_an_empty_prompt_is_one_prompt(run: Any):
+    told = json.loads(run("generate", "run", "", "--json", "--max-new-tokens", "2").stdout)
+    assert told["prompt"] == ""
+    assert "generations" not in told
+
+
+@pytest.mark.parametrize("option", [("--top-p", "0.5"), ("--seed", "7")])
+def test_options_for_draws_are_refused_where_nothing_is_drawn(run: Any, option: tuple[str, str]):
+    words = ("generate", "run", "what is 2?", "--max-new-tokens", "2", *option)
+    ended = run(*words)
+    assert ended.exit_code == 2, ended.output
+    assert f"{option[0]} is for draws" in ended.stderr
+    assert run(*words, "--temperature", "1e-6").exit_code == 2, "as greedy as 0"
+    assert run(*words, "--temperature", "0.7").exit_code == 0
+
+
 def test_generate_sees_the_system_message_of_the_training(run: Any):
     def answer(*more: str) -> str:
         return run("generate", "run", "what is 2?", "--max-new-tokens", "8", *more).stdout
 
     assert answer() == answer("--system", "Be brief.")
     assert answer() != answer("--system", "Be very long about it, and never stop.")
+
+
+def test_generate_asks_in_plain_text_what_was_trained_on_plain_text(run: Any, folder: Path):
+    """Whether the recipe named the format or `auto` found it; older passports hold the recipe's."""
+    rows = [{"text": f"once upon {n} times"} for n in range(6)]
+    (folder / "text.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (folder / "text.yaml").write_text(
+        "model: tiny\ndata: {train: text.jsonl}\ntrain: {max_steps: 1}\noutput_dir: text\n"
+    )
+    ended = run("train", "text.yaml")
+    assert ended.exit_code == 0, ended.output
+    passport = folder / "text" / "adapter" / "lorakit.json"
+    told = json.loads(passport.read_text())
+    assert told["data"]["train"]["formats"] == {"text": 6}
+    assert adapters.read(folder / "text").trained_on_text
+    assert not adapters.read(folder / "run").trained_on_text
+
+    def answer() -> str:
+        return run("generate", "text", "once upon", "--max-new-tokens", "8").stdout
+
+    found = answer()
+    del told["data"]["train"]["formats"]
+    for format, is_same in (("text", True), ("auto", False)):
+        told["recipe"]["data"]["format"] = format
+        passport.write_text(json.dumps(told))
+        assert (answer() == found) is is_same
 
 
 def test_an_adapter_trained_on_4_bits_is_measured_and_answers_on_4_bits(run: Any, folder: Path):

@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM
 
 from lorakit.adapters import Saved
 from lorakit.export.card import card, write_card
 from tests.export.adapters import find_base, save_adapter
-from tests.tiny import write_tiny_model
+from tests.tiny import tiny_config, write_tiny_model
 
 HOME = "/home/ann/secret"
 PASSPORT: dict[str, Any] = {
@@ -56,7 +57,6 @@ def test_the_front_matter_is_yaml_that_a_hub_reads(saved: Saved):
     assert found["datasets"] == ["org/questions"]
     assert {"lora", "lorakit", "transformers"} <= set(found["tags"])
     assert not any(tag.startswith("base_model:") for tag in found["tags"]), "a folder is no hub id"
-    assert "model-index" not in found
 
 
 def test_a_base_of_the_hub_is_named_with_its_commit(saved: Saved):
@@ -79,7 +79,8 @@ def test_the_card_says_what_was_done_and_with_what(saved: Saved):
         "| training loss, last | 1.25 |",
         "| torch | 2.13.0 |",
         "PeftModel.from_pretrained",
-        "--max-lora-rank 8",
+        "vllm serve tiny --enable-lora --lora-modules adapter=adapter\n",
+        "| vLLM | yes |",
         "lorakit merge adapter --out merged",
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello!<|im_end|>",
     ):
@@ -96,18 +97,37 @@ def test_no_absolute_path_and_no_none_is_in_the_card(saved: Saved, tmp_path: Pat
     assert "base_model:" not in bare
 
 
-def test_metrics_of_an_evaluation_replace_those_of_the_run(saved: Saved):
-    metrics = {
-        "exact_match": {"adapter": 0.75, "base": 0.25},
-        "loss": {"adapter": None, "base": 2.0},
-    }
-    text = card(saved, metrics)
-    assert "| exact_match | 0.75 | 0.25 |" in text
-    assert "| loss |  | 2 |" in text
-    (entry,) = front_matter(text)["model-index"]
-    assert entry["results"][0]["metrics"] == [
-        {"type": "exact_match", "name": "exact_match", "value": 0.75}
-    ]
+@pytest.mark.parametrize(
+    ("rank", "targets", "verdict"),
+    [
+        (4, ("lm_head", "q_proj"), "no: it takes embeddings and heads only in part"),
+        (20, ("q_proj",), "yes, with --max-lora-rank 32"),
+        (600, ("q_proj",), "no: rank 600 is above its 512"),
+    ],
+)
+def test_what_serves_the_adapter_is_what_the_plan_said(
+    tmp_path: Path, rank: int, targets: tuple[str, ...], verdict: str
+):
+    wide = tiny_config("llama", hidden_size=640, intermediate_size=32, num_hidden_layers=1)
+    AutoModelForCausalLM.from_config(wide).save_pretrained(tmp_path / "tiny")
+    base = find_base(tmp_path / "tiny")
+    one = save_adapter(base, tmp_path / "adapter", "lora", rank=rank, target_modules=targets)
+    text = card(one)
+    assert f"| vLLM | {verdict} |" in text
+    command = "vllm serve tiny --enable-lora --lora-modules adapter=adapter"
+    assert (command in text) is verdict.startswith("yes")
+    assert (f"{command} --max-lora-rank 32\n" in text) is ("32" in verdict)
+    of_peft = card(replace(one, passport=None))
+    assert "vllm" not in of_peft.lower(), "what it needs is not known of a base that is not named"
+
+
+def test_the_prompt_format_is_that_of_the_training(saved: Saved):
+    """A tokenizer may have a chat template that the training did not use."""
+    counts = {**PASSPORT["data"]["train"], "formats": {"text": 400}}
+    passport = {**PASSPORT, "data": {"train": counts}}
+    text = card(replace(saved, passport=passport))
+    assert "Plain text: the training used no chat template." in text
+    assert "<|im_start|>" not in text
 
 
 def test_write_card_replaces_an_older_one(saved: Saved):

@@ -17,7 +17,7 @@ import yaml
 from transformers.utils.logging import disable_progress_bar
 
 from lorakit import adapters
-from lorakit.cli import running
+from lorakit.cli import train_run
 from lorakit.cli.app import main
 from lorakit.recipe.reader import read
 from lorakit.runtime import start
@@ -108,9 +108,9 @@ class Subject:
         plan = self.plan
 
         def action() -> int:
-            running.make = lambda recipe, *_: replace(plan, recipe=recipe)
+            train_run.make = lambda recipe, *_: replace(plan, recipe=recipe)
             # The text of a card comes out of another process, which takes longer than the run.
-            running.write_card = lambda at: publish_file(at / "README.md", b"card", replace=True)
+            train_run.write_card = lambda at: publish_file(at / "README.md", b"card", replace=True)
             return self.lorakit(
                 "train", "recipe.yaml", "--out", str(out), mode, *more, *(MERGED if merge else ())
             )

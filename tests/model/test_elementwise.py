@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorakit.model import elementwise
-from lorakit.model.elementwise import Gated, Itself, Normed, Source, rms_normed, rotate
+from lorakit.model.elementwise import Gated, Itself, Normed, Prologue, rms_normed, rotate
 
 CPU = torch.device("cpu")
 
@@ -19,7 +19,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=draw, dtype=torch.float64, requires_grad=True)
 
 
-SOURCES: dict[str, tuple[Source, tuple[Tensor, ...], Callable[..., Tensor]]] = {
+PROLOGUES: dict[str, tuple[Prologue, tuple[Tensor, ...], Callable[..., Tensor]]] = {
     "itself": (Itself(), (normal(5, 6),), lambda x: x),
     "normed": (
         Normed(normal(6, seed=2).detach(), 1e-5),
@@ -34,14 +34,14 @@ SOURCES: dict[str, tuple[Source, tuple[Tensor, ...], Callable[..., Tensor]]] = {
 }
 
 
-@pytest.mark.parametrize("name", SOURCES)
-def test_a_source_is_the_same_again_with_its_gradient(name: str) -> None:
-    source, inputs, plain = SOURCES[name]
-    made, kept = source.forward(*inputs)
+@pytest.mark.parametrize("name", PROLOGUES)
+def test_a_prologue_is_the_same_again_with_its_gradient(name: str) -> None:
+    prologue, inputs, plain = PROLOGUES[name]
+    made, kept = prologue.forward(*inputs)
     expected = plain(*inputs)
     torch.testing.assert_close(made, expected)
     grad = normal(5, 6, seed=3).detach()
-    again, grads = source.backward(grad, *inputs, *kept)
+    again, grads = prologue.backward(grad, *inputs, *kept)
     torch.testing.assert_close(again, expected)
     for ours, theirs in zip(grads, torch.autograd.grad(expected, inputs, grad), strict=True):
         torch.testing.assert_close(ours, theirs)

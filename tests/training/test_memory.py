@@ -14,12 +14,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lorakit import adapters
 from lorakit.data.batches import Batch
-from lorakit.data.tokens import MASKED
+from lorakit.host import GIB
 from lorakit.model.checkpointing import checkpoint_layers
+from lorakit.model.inputs import MASKED
 from lorakit.model.loss import token_loss
 from lorakit.model.quantized import Quantization, QuantizedLinear
 from lorakit.model.quantizer import quantize
-from lorakit.training.memory import GIB, Setup, estimate, optimizer_bytes, weight_bytes
+from lorakit.training.memory import Setup, estimate, optimizer_bytes, weight_bytes
 from lorakit.training.trace import Account
 from tests.source_tree import ROOT
 from tests.training.shapes import adapted, llama, shape

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from lorakit import adapters
-from lorakit.cli.running import as_begun
+from lorakit.cli.train_run import as_begun
 from lorakit.errors import BadInput
 from lorakit.model import base as base_models
 from lorakit.recipe.reader import read

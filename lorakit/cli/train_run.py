@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from lorakit import adapters, environment
-from lorakit.cli.comparing import losses_of
+from lorakit.cli.merge_losses import losses_of
 from lorakit.cli.plan import find_change, will_not_fit
 from lorakit.cli.screen import Screen
 from lorakit.errors import Interrupted, Notice
+from lorakit.export import merge as merging
 from lorakit.export.card import write_card
-from lorakit.export.merge import Options, check_output, merge, planned, verdict
+from lorakit.host import GIB
 from lorakit.processes import Signalled, Stop
 from lorakit.recipe.dump import dump
 from lorakit.recipe.sections import Recipe
@@ -27,7 +28,7 @@ from lorakit.training.checkpoint import check_space
 from lorakit.training.folder import Mode, RunFolder
 from lorakit.training.loop import train as train_plan
 from lorakit.training.plan import Permissions, Plan, make
-from lorakit.training.progress import GIB, Reporter, duration
+from lorakit.training.progress import Reporter, duration
 from lorakit.training.run import Outcome
 
 LARGE = 4 * GIB  # bytes of weights, which take seconds to read
@@ -63,7 +64,7 @@ def run(
     goes_on = mode in ("resume", "resume-or-start")
     try:
         with folders.interruptible(path) if goes_on else nullcontext():
-            plan = planned_run(screen, recipe, permissions, mode, runtime)
+            plan = plan_run(screen, recipe, permissions, mode, runtime)
             warn_of_memory(
                 screen,
                 plan,
@@ -83,7 +84,7 @@ def run(
         raise
 
 
-def planned_run(
+def plan_run(
     screen: Screen, recipe: Recipe, permissions: Permissions, mode: Mode, runtime: Runtime
 ) -> Plan:
     """Make and show the plan, once it is known that its folder is free and its disk large enough.
@@ -99,7 +100,7 @@ def planned_run(
         if mode in ("resume", "resume-or-start"):
             folders.check_facts(path)
         if recipe.merge.enabled:
-            check_output(Path(recipe.merge.out), [], overwrite=mode != "start")
+            merging.check_output(Path(recipe.merge.out), [], overwrite=mode != "start")
     else:
         screen.quiet = True
     plan = make(recipe, runtime, permissions)
@@ -114,7 +115,7 @@ def planned_run(
 
 
 def warn_of_memory(
-    screen: Screen, plan: Plan, planned: Callable[[list[str]], Plan], *, is_main: bool
+    screen: Screen, plan: Plan, plan_with: Callable[[list[str]], Plan], *, is_main: bool
 ) -> None:
     """Say where a run needs more memory than there is, and what would make it fit.
 
@@ -122,7 +123,7 @@ def warn_of_memory(
     """
     if plan.fits:
         return
-    change = find_change(plan, planned)  # in every process: planning waits for the others
+    change = find_change(plan, plan_with)  # in every process: planning waits for the others
     screen.recipe = plan.recipe
     if is_main:
         error = will_not_fit(plan, change)
@@ -182,17 +183,19 @@ def merge_run(
     """Merge the adapter of a finished run, as its recipe asks."""
     section, saved = plan.recipe.merge, adapters.read(folder.adapter)
     # A merge that stood there before the run was refused then, or may be overwritten.
-    options = Options(dtype=section.dtype, overwrite=True, base_weights=section.base_weights)
-    with planned(saved, plan.base, Path(section.out), options) as merging:
+    options = merging.Options(
+        dtype=section.dtype, overwrite=True, base_weights=section.base_weights
+    )
+    with merging.planned(saved, plan.base, Path(section.out), options) as merge_plan:
         losses = None
         if section.measure:
             losses = losses_of(
-                screen, merging, plan.recipe, runtime, allow_local_code=permissions.local_code
+                screen, merge_plan, plan.recipe, runtime, allow_local_code=permissions.local_code
             )
-        with screen.progress("Merging", merging.work) as advance:
-            report = merge(merging, runtime, advance, losses)
-    screen.say(f"Verified  {verdict(report)}")
-    return merging.out
+        with screen.progress("Merging", merge_plan.work) as advance:
+            report = merging.merge(merge_plan, runtime, advance, losses)
+    screen.say(f"Verified  {merging.verdict(report)}")
+    return merge_plan.out
 
 
 def as_begun(plan: Plan, folder: RunFolder) -> Plan:
@@ -200,8 +203,8 @@ def as_begun(plan: Plan, folder: RunFolder) -> Plan:
     if not folder.resume:
         return plan
 
-    def begun(key: str, fact: str, planned: int) -> int:
-        return planned if f"recipe.train.{key}" in folder.changed else int(folder.facts[fact])
+    def begun(key: str, fact: str, now: int) -> int:
+        return now if f"recipe.train.{key}" in folder.changed else int(folder.facts[fact])
 
     return plan.with_choices(
         begun("micro_batch_size", "micro_batch_limit", plan.steps.limit),

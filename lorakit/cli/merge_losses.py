@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from lorakit.cli.measuring import Subject, task_of
+from lorakit.cli.eval_subject import Subject, task_of
 from lorakit.cli.screen import Screen
 from lorakit.devices import resolve_dtype
 from lorakit.errors import BadInput, LorakitError, Notice
 from lorakit.export.losses import few, measure
-from lorakit.export.merge import Plan
+from lorakit.export.merge import MergePlan
 from lorakit.export.target import check_memory
 from lorakit.model.base import load_tokenizer
 from lorakit.recipe.sections import Recipe
@@ -15,7 +15,12 @@ from lorakit.runtime import Runtime
 
 
 def losses_of(
-    screen: Screen, plan: Plan, recipe: Recipe | None, runtime: Runtime, *, allow_local_code: bool
+    screen: Screen,
+    plan: MergePlan,
+    recipe: Recipe | None,
+    runtime: Runtime,
+    *,
+    allow_local_code: bool,
 ) -> dict[str, Any] | None:
     """Measure and say the losses before and after the merge of an adapter of 4 or 8 bits.
 
