@@ -127,17 +127,22 @@ class Method:
             )
         return chosen
 
+    def shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+        """Return the tensors that all sites share."""
+        return {}
+
     def rank_of(self, site: Site) -> int | None:
         """Return the rank at one of the chosen sites; None for methods without ranks."""
         return None
 
-    def layer(self, site: Site) -> Layer:
+    def layer(self, site: Site, shared: Mapping[str, Tensor]) -> Layer:
         """Return the layer of one site, its tensors still without values."""
         raise NotImplementedError
 
     def layers(self, sites: Sequence[Site]) -> dict[str, Layer]:
         """Return the layers of all sites by the module that they adapt."""
-        return with_tied(sites, [self.layer(site) for site in sites])
+        shared = self.shared(sites)
+        return with_tied(sites, [self.layer(site, shared) for site in sites])
 
     def attach(self, model: PreTrainedModel, sites: Sequence[Site]) -> None:
         """Put the layers onto a model, by default by wrapping each site."""
@@ -154,9 +159,20 @@ class Method:
         """Return the optimizer's groups."""
         return [{"params": list(trainable(model).values()), "lr": lr}]
 
+    def penalty(self, model: PreTrainedModel) -> Tensor | None:
+        """Return a term of the loss, back-propagated once per step."""
+        return None
+
     def after_step(self, model: PreTrainedModel, step: int, total: int) -> None:
         """Act after step `step` of `total`; the gradients are still there."""
         self.refresh(model)
+
+    def state(self) -> dict[str, Any]:
+        """Return what the method itself must remember in a checkpoint, as JSON values."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state` returned."""
 
     def tensors(self, model: PreTrainedModel) -> dict[str, Tensor]:
         """Return what the file holds, by module path and tensor name."""

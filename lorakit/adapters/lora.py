@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import Field, field_validator
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lorakit.adapters._layer import Layer
@@ -150,7 +151,7 @@ class Lora(Method):
         self._resolve(sites)
         return super().layers(sites)
 
-    def layer(self, site: Site) -> Layer:
+    def layer(self, site: Site, shared: Mapping[str, Tensor]) -> Layer:
         """Return the update of one site."""
         rank = self.rank_of(site)
         scale = self.scale(self._alphas.get(site.name, self.settings.alpha), rank)

@@ -50,6 +50,7 @@ class State:
     owes_evaluation: bool = False
     loss_scale: float = 1.0
     finite_steps: int = 0
+    method: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -305,8 +306,6 @@ def _open(folder: Path) -> Checkpoint:
     known = get_type_hints(State)
     if schema != SCHEMA or not isinstance(state, dict) or not isinstance(pinned, dict):
         raise _not_ours(folder, "state.json has no schema, state and pinned")
-    if state.get("method") == {}:  # written before, and never with anything in it
-        del state["method"]
     if state.keys() != known.keys():
         raise BadInput(
             "checkpoint.changed",
@@ -316,7 +315,9 @@ def _open(folder: Path) -> Checkpoint:
             help="finish the run with that version",
         )
     for key, kind in known.items():
-        if not isinstance(state[key], list if get_origin(kind) is list else kind):
+        if not isinstance(
+            state[key], get_origin(kind) if get_origin(kind) in (dict, list) else kind
+        ):
             raise _not_ours(folder, f"state.{key} is {printable(repr(state[key]))}")
     if not 0 < state["loss_scale"] <= loss_scale.LARGEST:
         raise _not_ours(folder, f"state.loss_scale is {state['loss_scale']}")

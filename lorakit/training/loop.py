@@ -157,6 +157,8 @@ def accumulate(run: Run, index: int, batches: Sequence[Batch], trained: int) -> 
             gradients.short += 1
             return batch
         gradients.loss += loss.detach() * run.scale.value
+    if (penalty := run.method.penalty(run.model)) is not None:
+        torch.autograd.backward(penalty * run.scale.value / run.runtime.processes)
     gradients.stops += float(run.stop.requested)
     return None
 

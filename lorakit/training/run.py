@@ -128,6 +128,7 @@ def prepare(plan: Plan, runtime: Runtime, folder: RunFolder, reporter: Reporter,
         run.state.inexact += folder.changes
         state = resume.state
         run.scale = LossScale(runtime.device, state.loss_scale, state.finite_steps)
+        method.load_state(resume.state.method)
         optim.load_state_tensors(optimizer, named, resume.optimizer_tensors())
     return run
 
@@ -187,6 +188,7 @@ def _in_every(runtime: Runtime, holds: bool) -> bool:
 
 def save(run: Run) -> None:
     """Write a checkpoint of the step just done, then let old ones go."""
+    run.state.method = run.method.state()
     run.state.loss_scale = run.scale.value.item()
     run.state.finite_steps = int(run.scale.finite_steps)
     if run.runtime.is_main:

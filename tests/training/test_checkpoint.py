@@ -6,7 +6,6 @@ import os
 import shutil
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,7 +24,7 @@ def write(folder: Path, step: int, value: float = 1.0) -> Path:
         path.mkdir()
         (path / "adapter_config.json").write_text("{}")
 
-    state = State(step=step, tokens=10 * step, best_loss=0.5, best_step=1, inexact=["seed 1"])
+    state = State(step=step, tokens=10 * step, best_loss=0.5, best_step=1, method={"ranks": [1, 2]})
     return checkpoint.save(folder, state, PINNED, {"exp_avg/A": torch.full((3, 2), value)}, adapter)
 
 
@@ -35,7 +34,9 @@ def test_the_newest_comes_back_as_it_was(tmp_path: Path) -> None:
     found, notices = checkpoint.newest(tmp_path)
     assert found is not None
     assert not notices
-    assert found.state == State(step=10, tokens=100, best_loss=0.5, best_step=1, inexact=["seed 1"])
+    assert found.state == State(
+        step=10, tokens=100, best_loss=0.5, best_step=1, method={"ranks": [1, 2]}
+    )
     assert found.pinned == PINNED
     assert torch.equal(found.optimizer_tensors()["exp_avg/A"], torch.full((3, 2), 7.0))
     assert (found.adapter / "adapter_config.json").is_file()
@@ -101,24 +102,6 @@ def test_a_forged_state_is_damage(tmp_path: Path, written: str) -> None:
     with pytest.raises(LorakitError) as caught:
         checkpoint.newest(tmp_path)
     assert caught.value.id == "checkpoint.damaged"
-
-
-@pytest.mark.parametrize(("method", "opens"), [({}, True), ({"ranks": [4]}, False)])
-def test_a_state_may_have_the_empty_method_of_before(
-    tmp_path: Path, method: dict[str, Any], opens: bool
-) -> None:
-    """Earlier ones kept room for a method's own state, which no method had."""
-    folder = write(tmp_path, 1)
-    content = json.loads((folder / "state.json").read_text())
-    content["state"]["method"] = method
-    forge(folder, json.dumps(content))
-    if opens:
-        found, _ = checkpoint.newest(tmp_path)
-        assert found is not None
-        assert found.state.step == 1
-        return
-    with pytest.raises(BadInput, match="in another form"):
-        checkpoint.newest(tmp_path)
 
 
 @pytest.mark.parametrize("key", [one.name for one in fields(State)])
