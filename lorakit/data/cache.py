@@ -64,8 +64,7 @@ def prepared(
         depends_on = {
             "code": [__version__, _code(), platform.python_version()],
             "packages": [importlib.metadata.version(name) for name in _PACKAGES],
-            "settings": section.model_dump(mode="json", exclude={"packing"}),
-            "explicit": "too_long" in section.model_fields_set,
+            "settings": section.model_dump(mode="json", exclude={"packing", "max_length"}),
             "max_length": longest_allowed(section, base_context),
             "eval": [source.model_dump(mode="json") for source in request.eval_sources or ()],
             "only": request.only,

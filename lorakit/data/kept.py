@@ -113,8 +113,7 @@ class Kept:
             raise BadInput("data.too-long", lost, where=too_long[0], help=raise_to)
         if self.read and not self.examples:
             self._refuse_all(lost, raise_to)
-        explicit = "too_long" in self.section.model_fields_set
-        if len(too_long) > MOST_DROPPED * self.read and not explicit:
+        if len(too_long) > MOST_DROPPED * self.read and self.section.too_long == "auto":
             help = f"{raise_to}, or say data.too_long: drop or truncate"
             raise BadInput("data.too-long", lost, where=too_long[0], help=help)
 

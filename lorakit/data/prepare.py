@@ -15,6 +15,7 @@ from lorakit.errors import BadInput, Notice
 from lorakit.recipe.sections import Data
 
 ROWS_AT_ONCE = 512
+USUAL_LENGTH = 2048  # of `data.max_length: auto`
 
 
 @dataclass(frozen=True)
@@ -77,15 +78,16 @@ def longest_allowed(section: Data, base_context: int | None) -> int:
     Raises:
         BadInput: `model.context-too-short` when the recipe asks for more.
     """
-    if base_context is None or section.max_length <= base_context:
-        return section.max_length
-    if "max_length" in section.model_fields_set:
+    asked = section.max_length
+    if asked == "auto":
+        return min(USUAL_LENGTH, base_context or USUAL_LENGTH)
+    if base_context is not None and asked > base_context:
         raise BadInput(
             "model.context-too-short",
-            f"data.max_length {section.max_length} > the model's {base_context} positions",
+            f"data.max_length {asked} > the model's {base_context} positions",
             help=f"set data.max_length to at most {base_context}",
         )
-    return base_context
+    return asked
 
 
 def renderer_of(section: Data, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Renderer:

@@ -156,14 +156,21 @@ class Data(Section):
     train_on: Literal["completions", "last", "all"] = Field(
         "completions", description="which tokens count: every answer, the last answer, or all"
     )
-    max_length: int = Field(2048, ge=8, description="longest row in tokens")
-    too_long: Literal["drop", "truncate", "error"] = Field(
-        "drop", description="what happens to longer rows; always counted and reported"
+    max_length: Literal["auto"] | Annotated[int, Field(ge=8)] = Field(
+        "auto",
+        description="longest row in tokens; auto: 2,048, or the model's positions where it has "
+        "fewer",
     )
-    packing: bool | Literal["dense"] = Field(
-        True,
+    too_long: Literal["auto", "drop", "truncate", "error"] = Field(
+        "auto",
+        description="what happens to longer rows, always counted and reported; auto: drop, but an "
+        "error where they are more than a tenth",
+    )
+    packing: bool | Literal["dense", "auto"] = Field(
+        "auto",
         description="true: the rows of a step, packed without seeing each other; "
-        "dense: best fit over the data set, train.batch_size counts packs; false: padded",
+        "dense: best fit over the data set, train.batch_size counts packs; false: padded; "
+        "auto: true where the model and the method can",
     )
 
 

@@ -183,8 +183,7 @@ def make(
     notices = [*base.notices, *unusual(recipe), *coverage, *dataset.notices, *replaced, *unpacked]
     notices += [*(notices_of(skeleton, how, device) if how else []), *_not_here(recipe, gpu)]
     linears = [(site.outputs, site.inputs) for site in quantizable(skeleton)]
-    longest = recipe.data.max_length
-    steps = Steps.of(dataset, recipe.train, packing, recipe.seed, runtime, max_length=longest)
+    steps = Steps.of(dataset, recipe.train, packing, recipe.seed, runtime)
     _attach(recipe, method, skeleton, sites)
     longest = max(len(example.ids) for example in dataset.train)
     checks.check_context(longest, method, base)
@@ -283,10 +282,10 @@ def _packing(
     Raises:
         BadInput: when the recipe asks for what cannot be.
     """
-    reason = _cannot_pack(method, skeleton)
-    if not recipe.data.packing or reason is None:
-        return recipe.data.packing, []
-    if "packing" in recipe.data.model_fields_set:
+    asked, reason = recipe.data.packing, _cannot_pack(method, skeleton)
+    if not asked or reason is None:
+        return True if asked == "auto" else asked, []
+    if asked != "auto":
         where = recipe.origin.place("data", "packing")
         raise BadInput("recipe.conflict", f"data.packing: {reason}", where=where)
     return False, [Notice("run.packing-off", f"rows are padded, not packed: {reason}")]
