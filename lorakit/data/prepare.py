@@ -40,7 +40,7 @@ class Dataset:
 def prepare(
     request: Request,
     tokenizer: PreTrainedTokenizerBase,
-    base_context: int | None,
+    context: int | None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Dataset:
     """Read, render and tokenise all data.
@@ -48,7 +48,7 @@ def prepare(
     Args:
         request: the rows that are wanted.
         tokenizer: the base's.
-        base_context: positions of the base, where it has a limit.
+        context: positions that the model has for a row, where there is a limit.
         advance: hears how many more rows are done.
 
     Raises:
@@ -56,7 +56,7 @@ def prepare(
         EnvironmentLacks: `env.offline`.
     """
     section = request.section
-    max_length = longest_allowed(section, base_context)
+    max_length = longest_allowed(section, context)
     items = read(request)
     renderer = renderer_of(section, tokenizer, request.folder)
     encoder = Encoder(tokenizer, renderer.special)
@@ -72,20 +72,20 @@ def prepare(
     return _dataset(sets["train"], sets["eval"], items.notices, items.sha256, renderer, tokenizer)
 
 
-def longest_allowed(section: Data, base_context: int | None) -> int:
-    """Return max_length, at most the base's context.
+def longest_allowed(section: Data, context: int | None) -> int:
+    """Return max_length, at most the positions that the model has for a row.
 
     Raises:
         BadInput: `model.context-too-short` when the recipe asks for more.
     """
     asked = section.max_length
     if asked == "auto":
-        return min(USUAL_LENGTH, base_context or USUAL_LENGTH)
-    if base_context is not None and asked > base_context:
+        return min(USUAL_LENGTH, context or USUAL_LENGTH)
+    if context is not None and asked > context:
         raise BadInput(
             "model.context-too-short",
-            f"data.max_length {asked} > the model's {base_context} positions",
-            help=f"set data.max_length to at most {base_context}",
+            f"data.max_length {asked} > the {context} positions that the model has for a row",
+            help=f"set data.max_length to at most {context}",
         )
     return asked
 

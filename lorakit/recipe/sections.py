@@ -28,6 +28,7 @@ from lorakit.errors import Place
 from lorakit.recipe.bounds import read_bound
 
 DEFAULT_METHOD = "lora"
+SHORTEST_ROW = 8  # tokens that `data.max_length` allows at least
 
 Metric = Literal["loss", "perplexity", "token_accuracy", "exact_match", "json_valid", "stop_rate"]
 Optimizer = Literal[
@@ -156,7 +157,7 @@ class Data(Section):
     train_on: Literal["completions", "last", "all"] = Field(
         "completions", description="which tokens count: every answer, the last answer, or all"
     )
-    max_length: Literal["auto"] | Annotated[int, Field(ge=8)] = Field(
+    max_length: Literal["auto"] | Annotated[int, Field(ge=SHORTEST_ROW)] = Field(
         "auto",
         description="longest row in tokens; auto: 2,048, or the model's positions where it has "
         "fewer",

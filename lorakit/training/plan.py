@@ -175,7 +175,7 @@ def make(
     how = base.stored or Quantization.of(recipe.model)
     checks.check_after(recipe, base, method, how)
     with runtime.main_first():
-        dataset = data or prepare_data(recipe, base, tokenizer, permissions)
+        dataset = data or _prepared(recipe, base, method, tokenizer, permissions)
     # What is saved beside the adapter is the template that its rows were rendered with.
     tokenizer.chat_template = dataset.chat_template
     gpu = card.capability if card else capability(device)
@@ -186,7 +186,6 @@ def make(
     steps = Steps.of(dataset, recipe.train, packing, recipe.seed, runtime)
     _attach(recipe, method, skeleton, sites)
     longest = max(len(example.ids) for example in dataset.train)
-    checks.check_context(longest, method, base)
     shape = Shape.of(skeleton, _traced(skeleton, recipe, longest, packing, gpu, notices), linears)
     free = card.memory if card else runtime.least_free_bytes()
     setup = Setup(
@@ -242,14 +241,18 @@ def choose(recipe: Recipe, skeleton: PreTrainedModel) -> tuple[Method, list[Site
     return method, chosen, uneven(candidates, chosen)
 
 
-def prepare_data(
-    recipe: Recipe, base: Base, tokenizer: PreTrainedTokenizerBase, permissions: Permissions
+def _prepared(
+    recipe: Recipe,
+    base: Base,
+    method: Method,
+    tokenizer: PreTrainedTokenizerBase,
+    permissions: Permissions,
 ) -> Dataset:
-    """Read, render and count the rows of a recipe."""
+    """Read, render and count the rows of a recipe, for the positions that its method leaves."""
     request = Request.of(
         recipe, offline=permissions.offline, allow_local_code=permissions.local_code
     )
-    return prepared(cache_folder(), request, tokenizer, base.context)
+    return prepared(cache_folder(), request, tokenizer, method.context(base.context))
 
 
 def _traced(

@@ -129,7 +129,7 @@ def test_context(tmp_path: Path) -> None:
     path = rows_file(tmp_path, SHORT)
     assert prepared(section(path), context=64).max_length == 64
     assert prepared(section(path, max_length=64), context=64).max_length == 64
-    with pytest.raises(BadInput, match="max_length 65 > the model's 64 positions") as caught:
+    with pytest.raises(BadInput, match="max_length 65 > the 64 positions") as caught:
         prepared(section(path, max_length=65), context=64)
     assert caught.value.id == "model.context-too-short"
 

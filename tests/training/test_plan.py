@@ -1,5 +1,6 @@
 """What a plan says before any weight is read, and what it refuses."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,17 @@ def test_a_recipe_written_out_decides_as_the_recipe_itself(
     found = decided(recipe)
     assert (found[0] if refused else None) == refused
     assert decided(read(out, adapters.settings_for, environ={})) == found
+
+
+def test_every_row_fits_behind_a_prefix(folder: Path) -> None:
+    row = {"prompt": "the capital", "completion": "of france " * 30}
+    (folder / "eval.jsonl").write_text(f"{json.dumps(row)}\n")
+    data = {"eval": "eval.jsonl", "too_long": "truncate"}
+    plan = planned(folder, model=SHORT, adapter=PREFIX, data=data)
+    assert plan.dataset.max_length == 64 - 20
+    assert plan.dataset.eval.lengths.tolist() == [64 - 20]
+    with pytest.raises(BadInput, match="max_length 64 > the 44 positions"):
+        planned(folder, model=SHORT, adapter=PREFIX, data={"max_length": 64})
 
 
 def test_a_dense_pack_is_no_longer_than_the_context(folder: Path) -> None:
