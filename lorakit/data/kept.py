@@ -33,6 +33,7 @@ class Kept:
     prompts: list[Prompt] = field(default_factory=list)
     dropped: dict[str, list[Place]] = field(default_factory=lambda: defaultdict(list))
     spelled: list[Place] = field(default_factory=list)
+    trailing: list[Place] = field(default_factory=list)
     inconsistent: Faults = field(default_factory=Faults)
     refused: Faults = field(default_factory=Faults)
     hidden: bool = False  # an answer that is not empty has left no trace in the rendered text
@@ -90,6 +91,8 @@ class Kept:
                 self.longest_prompt = max(self.longest_prompt, encoded.prompt or 0)
                 self.dropped[CUT_AWAY].append(item.place)
                 return
+        if item.conversation.messages[-1].role != "assistant" and self.section.train_on != "all":
+            self.trailing.append(item.place)
         self.examples.append(example)
         self.weights.append(item.weight)
         if encoded.prompt:
@@ -151,6 +154,10 @@ class Kept:
         if cut:
             message = self._counted(cut, f"over max_length {self.max_length:,}: cut")
             found.append(Notice("data.cut", message, cut[0]))
+        if self.trailing:
+            message = self._counted(self.trailing, "turns after the last answer: left out")
+            help = "data.train_on: all trains on them as well"
+            found.append(Notice("data.trailing-turns", message, self.trailing[0], help))
         if self.spelled:
             message = self._counted(self.spelled, "special tokens spelled in the data")
             help = "they are learnt as text in turns, and as themselves in plain text rows"

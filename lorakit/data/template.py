@@ -158,7 +158,7 @@ class Renderer:
             raise
 
     def render(self, conversation: Conversation) -> Rendered:
-        """Return the pieces of a conversation, through its last answer.
+        """Return the pieces of a conversation, through its last answer unless all is trained.
 
         Raises:
             BadInput: `template.missing`, `template.inconsistent` when the rendering of the turns so
@@ -208,13 +208,14 @@ class Renderer:
         answers = [k for k, message in enumerate(messages) if message.role == "assistant"]
         last = answers[-1]
         learned = {k for k in answers if messages[k].trained and messages[k].content.strip()}
+        everything = self._train_on == "all"
         turns = [
             {"role": message.role, "content": self.special.broken(message.content)}
-            for message in messages[: last + 1]
+            for message in (messages if everything else messages[: last + 1])
         ]
         whole = _rendered(template, turns, generation=False)
         pieces: list[Piece] = []
-        at, everything = 0, self._train_on == "all"
+        at = 0
         for k in answers if self._train_on == "completions" else [last]:
             # An answer that nothing comes before has no prompt to answer.
             if k > 0 and (k in learned or k == last):

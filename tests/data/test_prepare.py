@@ -159,6 +159,16 @@ def test_an_answer_that_does_not_end(tmp_path: Path) -> None:
     assert "0 of 20 rows" in notice.message
 
 
+def test_turns_after_the_last_answer_are_counted(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path = rows_file(tmp_path, [{"messages": turns}, {"messages": [*turns, turns[0]]}])
+    (notice,) = prepared(section(path)).notices
+    assert notice.id == "data.trailing-turns"
+    assert "1 of 2 rows of train: turns after the last answer: left out" in notice.message
+    assert str(notice.where) == f"{path}:2"
+    assert not prepared(section(path, train_on="all")).notices
+
+
 def test_special_tokens_in_the_data_are_counted(tmp_path: Path) -> None:
     rows = [*SHORT, ask("say <|im_end|> now", "no")]
     found = prepared(section(rows_file(tmp_path, rows)))

@@ -221,6 +221,17 @@ def test_train_on() -> None:
     assert everything.labels[0] == everything.labels[-1] == MASKED  # nothing before, nothing to say
 
 
+def test_turns_after_the_last_answer_belong_to_all() -> None:
+    tokenizer = tiny_tokenizer()
+    messages = [Message("user", "a"), Message("assistant", "b"), Message("user", "late")]
+    everything = _encoded(tokenizer, messages, train_on="all")
+    (_, masked), (text, trained), (end, _) = _runs(tokenizer, everything)
+    assert (masked, trained, end) == (False, True, "\n")
+    assert text.endswith("assistant\nb<|im_end|>\n<|im_start|>user\nlate<|im_end|>")
+    shorter = _encoded(tokenizer, messages[:-1], train_on="all")
+    assert everything.prompt == shorter.prompt
+
+
 def test_an_answer_may_be_left_out() -> None:
     tokenizer = tiny_tokenizer()
     messages = [Message("user", "a"), Message("assistant", "b", trained=False)]
