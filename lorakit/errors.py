@@ -154,7 +154,7 @@ class Notice:
         checkpoint.skipped checkpoint.inexact checkpoint.of-another output.open-to-all
         security.remote-code security.local-code
         data.dropped data.cut data.eos-untrained data.extra-fields data.overlap data.special-tokens
-        data.trailing-turns
+        data.trailing-turns data.unanswered
         adapter.base-unknown adapter.no-passport adapter.passport-changed merge.not-measured
         adapter.unknown-setting
         recipe.unusual-value

@@ -34,6 +34,7 @@ class Kept:
     dropped: dict[str, list[Place]] = field(default_factory=lambda: defaultdict(list))
     spelled: list[Place] = field(default_factory=list)
     trailing: list[Place] = field(default_factory=list)
+    unanswered: list[Place] = field(default_factory=list)
     inconsistent: Faults = field(default_factory=Faults)
     refused: Faults = field(default_factory=Faults)
     hidden: bool = False  # an answer that is not empty has left no trace in the rendered text
@@ -95,7 +96,9 @@ class Kept:
             self.trailing.append(item.place)
         self.examples.append(example)
         self.weights.append(item.weight)
-        if encoded.prompt:
+        if encoded.prompt and encoded.prompt >= self.max_length:
+            self.unanswered.append(item.place)  # its last answer was cut away
+        elif encoded.prompt:
             ids = tuple(encoded.ids[: encoded.prompt].tolist())
             prompt = Prompt(ids, rendered.prompt, rendered.reference, item.place)
             self.prompts.append(prompt)
@@ -154,6 +157,11 @@ class Kept:
         if cut:
             message = self._counted(cut, f"over max_length {self.max_length:,}: cut")
             found.append(Notice("data.cut", message, cut[0]))
+        if self.unanswered and self.name == "eval":  # those of train are never asked
+            what = f"no room for the last answer in max_length {self.max_length:,}: not answered"
+            message = self._counted(self.unanswered, what)
+            help = "metrics of answers go over the other rows; raise data.max_length"
+            found.append(Notice("data.unanswered", message, self.unanswered[0], help))
         if self.trailing:
             message = self._counted(self.trailing, "turns after the last answer: left out")
             help = "data.train_on: all trains on them as well"

@@ -104,6 +104,19 @@ def test_cut_rows_keep_what_fits(tmp_path: Path) -> None:
     assert found.report.train.cut == 1
 
 
+def test_a_prompt_whose_answer_was_cut_away_is_not_answered(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    later = [{"role": "user", "content": "what? " * 20}, turns[1]]
+    path = rows_file(tmp_path, [{"messages": turns}, {"messages": [*turns, *later]}])
+    data = section(path, eval=str(path), max_length=60, too_long="truncate")
+    found = prepared(data)
+    assert len(found.eval) == 2
+    assert [prompt.place.line for prompt in found.eval_prompts] == [1]
+    (notice,) = [notice for notice in found.notices if notice.id == "data.unanswered"]
+    assert "1 of 2 rows of eval: no room for the last answer in max_length 60" in notice.message
+    assert str(notice.where) == f"{path}:2"
+
+
 def test_nothing_left_after_the_cut_names_the_length(tmp_path: Path) -> None:
     data = section(rows_file(tmp_path, [LONG] * 4), max_length=16, too_long="truncate")
     with pytest.raises(BadInput) as caught:
