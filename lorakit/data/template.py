@@ -5,6 +5,7 @@ generation prompt, and the conversation through the answer, must both begin what
 to. So the mask follows whatever the template does, and never looks at token ids.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -154,7 +155,8 @@ class Renderer:
             self.template = None if source is None else ConfinedTemplate(source, variables)
         except BadInput as error:
             own = chat_template == "auto"
-            error.where = Place(tokenizer.name_or_path if own else str(folder / chat_template))
+            file = folder / os.path.expanduser(chat_template)
+            error.where = Place(tokenizer.name_or_path if own else str(file))
             raise
 
     def render(self, conversation: Conversation) -> Rendered:
@@ -283,7 +285,7 @@ def _source(chosen: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> st
     if chosen in TEMPLATES:
         return TEMPLATES[chosen]
     if chosen.endswith(".jinja"):
-        return _read(folder / chosen)
+        return _read(folder / os.path.expanduser(chosen))
     names = ("auto", "none", *TEMPLATES)
     near = get_close_matches(chosen, names, n=1)
     raise BadInput(

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import cache
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -280,6 +281,14 @@ def test_own_templates(name: str, make: Callable[[], Any]) -> None:
     text = "".join(text for text, _ in runs)
     assert (text.count("<s>") == 1) == (make is base_tokenizer)
     assert text.startswith("<s>") == (make is base_tokenizer)
+
+
+def test_a_template_in_the_users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    messages = [Message("user", "a"), Message("assistant", "b")]
+    runs = _runs(tiny_tokenizer(), _encoded(tiny_tokenizer(), messages, chat_template="~/t.jinja"))
+    assert "".join(text for text, _ in runs) == "[a][b]"
 
 
 def _plain(tokenizer: Any, *contents: str, template: str = "optional", **keys: Any) -> Encoded:
