@@ -6,12 +6,12 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from lorakit.data.items import Request, read
+from lorakit.data.items import Items, Request, read
 from lorakit.data.kept import Kept
 from lorakit.data.report import Report
 from lorakit.data.template import Renderer
 from lorakit.data.tokens import Encoder, Examples, Prompt
-from lorakit.errors import BadInput, Notice
+from lorakit.errors import BadInput, Notice, Place
 from lorakit.recipe.sections import Data
 
 ROWS_AT_ONCE = 512
@@ -69,7 +69,8 @@ def prepare(
             sets[name].add(several, renderer, encoder)
             advance(len(several))
         sets[name].check()
-    return _dataset(sets["train"], sets["eval"], items.notices, items.sha256, renderer, tokenizer)
+    notices = (*items.notices, *_without_effect(section, items))
+    return _dataset(sets["train"], sets["eval"], notices, items.sha256, renderer, tokenizer)
 
 
 def longest_allowed(section: Data, context: int | None) -> int:
@@ -88,6 +89,27 @@ def longest_allowed(section: Data, context: int | None) -> int:
             help=f"set data.max_length to at most {context}",
         )
     return asked
+
+
+def _without_effect(section: Data, items: Items) -> list[Notice]:
+    """Return notices on keys that are set where all rows are plain text, which has no turns."""
+    rows = [item.conversation for item in (*items.train, *items.eval)]
+    if not items.train or any(row.template != "unused" or row.messages[:-1] for row in rows):
+        return []
+    keys = {
+        "chat_template": section.chat_template not in ("auto", "none"),
+        "train_on": section.train_on != "completions",
+    }
+    return [
+        Notice(
+            "recipe.no-effect",
+            f"data.{key} has no effect: every row is plain text, trained as it stands",
+            Place(items.train[0].place.file),
+            "remove this key, or set data.format",
+        )
+        for key, is_set in keys.items()
+        if is_set
+    ]
 
 
 def renderer_of(section: Data, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Renderer:

@@ -11,9 +11,9 @@ from lorakit.data.batches import eval_batches
 from lorakit.data.tokens import Example, Prompt
 from lorakit.errors import BadInput
 from lorakit.evaluation.generation import Decoding, Generation, generate, stop_ids
-from lorakit.evaluation.metrics import GENERATED, Tally, from_marks, from_scores, is_json, matches
+from lorakit.evaluation.metrics import Tally, from_marks, from_scores, is_json, matches
 from lorakit.evaluation.results import Measured, Results
-from lorakit.recipe.sections import Eval
+from lorakit.recipe.sections import GENERATED, Eval
 from lorakit.scoring import RowScore, score
 from lorakit.storage.strict_json import dumps_line
 

@@ -31,6 +31,7 @@ DEFAULT_METHOD = "lora"
 SHORTEST_ROW = 8  # tokens that `data.max_length` allows at least
 
 Metric = Literal["loss", "perplexity", "token_accuracy", "exact_match", "json_valid", "stop_rate"]
+GENERATED = frozenset({"exact_match", "json_valid", "stop_rate"})  # what needs answers
 Optimizer = Literal[
     "adamw",
     "adamw_8bit",
@@ -158,14 +159,11 @@ class Data(Section):
         "completions", description="which tokens count: every answer, the last answer, or all"
     )
     max_length: Literal["auto"] | Annotated[int, Field(ge=SHORTEST_ROW)] = Field(
-        "auto",
-        description="longest row in tokens; auto: 2,048, or the model's positions where it has "
-        "fewer",
+        "auto", description="longest row in tokens; auto: 2,048, or the model's positions if fewer"
     )
     too_long: Literal["auto", "drop", "truncate", "error"] = Field(
         "auto",
-        description="what happens to longer rows, always counted and reported; auto: drop, but an "
-        "error where they are more than a tenth",
+        description="longer rows, always counted; auto: drop, but error above a tenth",
     )
     packing: bool | Literal["dense", "auto"] = Field(
         "auto",

@@ -27,7 +27,7 @@ from lorakit.model.families import is_llama_like
 from lorakit.model.quantized import Quantization
 from lorakit.model.quantizer import notices_of, quantizable
 from lorakit.model.sites import Site, find_sites, uneven
-from lorakit.recipe.rules import unusual
+from lorakit.recipe.rules import unusual, without_effect
 from lorakit.recipe.sections import Recipe
 from lorakit.runtime import Runtime
 from lorakit.training import checks, optim
@@ -180,7 +180,8 @@ def make(
     tokenizer.chat_template = dataset.chat_template
     gpu = card.capability if card else capability(device)
     packing, unpacked = _packing(recipe, method, skeleton)
-    notices = [*base.notices, *unusual(recipe), *coverage, *dataset.notices, *replaced, *unpacked]
+    notices = [*base.notices, *unusual(recipe), *without_effect(recipe), *coverage]
+    notices += [*dataset.notices, *replaced, *unpacked]
     notices += [*(notices_of(skeleton, how, device) if how else []), *_not_here(recipe, gpu)]
     linears = [(site.outputs, site.inputs) for site in quantizable(skeleton)]
     steps = Steps.of(dataset, recipe.train, packing, recipe.seed, runtime)

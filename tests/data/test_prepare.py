@@ -301,6 +301,18 @@ def test_text_has_no_prompts(tmp_path: Path) -> None:
     assert found.report.eval.ends_in_stop == 2
 
 
+def test_keys_that_plain_text_has_no_use_for(tmp_path: Path) -> None:
+    path = rows_file(tmp_path, [{"text": f"the text {k}"} for k in range(4)])
+    keys = {"train_on": "all", "chat_template": "chatml"}
+    found = prepared(section(path, **keys), tokenizer=base_tokenizer())
+    assert _ids(found) == ["recipe.no-effect"] * 2
+    assert [n.message.split()[0] for n in found.notices] == ["data.chat_template", "data.train_on"]
+    turns = rows_file(tmp_path, SHORT, "turns.jsonl")
+    assert "recipe.no-effect" not in _ids(prepared(section(turns, **keys)))
+    mixed = section(path, **keys, eval=str(turns))
+    assert "recipe.no-effect" not in _ids(prepared(mixed))
+
+
 def test_progress(tmp_path: Path) -> None:
     path = rows_file(tmp_path, SHORT * 60)
     heard: list[int] = []
