@@ -154,9 +154,10 @@ class Notice:
         checkpoint.skipped checkpoint.inexact checkpoint.of-another output.open-to-all
         security.remote-code security.local-code
         data.dropped data.cut data.eos-untrained data.extra-fields data.overlap data.special-tokens
+        data.trailing-turns data.unanswered
         adapter.base-unknown adapter.no-passport adapter.passport-changed merge.not-measured
         adapter.unknown-setting
-        recipe.unusual-value
+        recipe.unusual-value recipe.no-effect
         target.uneven plan.does-not-fit run.packing-off run.optimizer run.no-offload
         plan.rough-estimate model.no-weights model.unused-tensors
         model.quantized-on-cpu model.experts-dense

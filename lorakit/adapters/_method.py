@@ -16,7 +16,7 @@ from lorakit.adapters._layer import Layer, layers_of, trainable, wrap
 from lorakit.adapters._peft import Found, PeftConfig
 from lorakit.errors import BadInput, one_of
 from lorakit.model.sites import Kind, Site, match
-from lorakit.recipe.sections import Adapter, Names
+from lorakit.recipe.sections import SHORTEST_ROW, Adapter, Names
 
 Targets = (
     Literal["all-linear", "attention", "mlp"]
@@ -184,6 +184,24 @@ class Method:
     def positions(self) -> int:
         """Return how many of the model's positions the adapter itself takes."""
         return 0
+
+    def context(self, positions: int | None) -> int | None:
+        """Return how many of a model's positions are left for tokens; None where it has no limit.
+
+        Raises:
+            BadInput: `model.context-too-short` when they are too few for the shortest rows.
+        """
+        taken = self.positions()
+        if positions is None or not taken:
+            return positions
+        if positions - taken < SHORTEST_ROW:
+            raise BadInput(
+                "model.context-too-short",
+                f"{self.name()} takes {taken:,} positions before each row; the model has "
+                f"{positions:,}",
+                help=f"make the {self.name()} shorter",
+            )
+        return positions - taken
 
     def servable(self, sites: Sequence[Site]) -> dict[str, str]:
         """Return for each program that serves adapters `yes`, with what it needs, or `no: why`."""

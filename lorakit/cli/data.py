@@ -119,7 +119,8 @@ def data_check(
 def _opened(
     screen: Screen, recipe: str, changes: Sequence[str] | None, allow_remote_code: bool
 ) -> "tuple[Recipe, PreTrainedTokenizerBase, int | None]":
-    """Return the recipe, the base's tokenizer and its context."""
+    """Return the recipe, the base's tokenizer and the positions that there are for a row."""
+    from lorakit import adapters
     from lorakit.cli.recipe_argument import read_recipe
     from lorakit.environment import cache_folder
     from lorakit.model import base
@@ -133,7 +134,8 @@ def _opened(
         cache=cache_folder(),
     )
     screen.notice(*found.notices)
-    return loaded, base.load_tokenizer(found), found.context
+    method = adapters.get(loaded.adapter.method)(loaded.adapter)
+    return loaded, base.load_tokenizer(found), method.context(found.context)
 
 
 def _prepared(

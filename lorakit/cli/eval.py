@@ -59,9 +59,11 @@ def eval(
     from lorakit.evaluation.gates import judge, limits, verdict
     from lorakit.evaluation.report import Report
     from lorakit.evaluation.run import evaluate
+    from lorakit.recipe.rules import without_effect
 
     started = time.monotonic()
     loaded = read_recipe(screen, recipe, changes)
+    screen.notice(*without_effect(loaded))
     place = None if base_only else adapter or loaded.run_folder / "adapter"
     subject = opened(screen, loaded, place, allow_remote_code=allow_remote_code)
     task = task_of(screen, loaded, subject, limit, allow_local_code=allow_local_code)

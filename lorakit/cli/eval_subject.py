@@ -121,7 +121,10 @@ def task_of(
         eval_sources=recipe.eval.data,
         only="eval",
     )
-    cache, context = environment.cache_folder(), subject.base.context
+    # The base alone is measured on the rows that it is compared on.
+    saved = subject.saved
+    method = saved.method() if saved else adapters.get(recipe.adapter.method)(recipe.adapter)
+    cache, context = environment.cache_folder(), method.context(subject.base.context)
     with screen.progress("Reading the data", None) as advance:
         dataset = prepared(cache, request, subject.tokenizer, context, advance)
     screen.notice(*dataset.notices)
@@ -134,6 +137,7 @@ def task_of(
         dataset.stop_ids,
         seed=recipe.seed,
         packing=subject.packs,
+        taken=method.positions(),
     )
 
 

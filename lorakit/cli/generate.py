@@ -105,13 +105,13 @@ def _answered(
     if how := base.stored or Quantization.recorded(passport):
         screen.say(f"The base is held as in training: {how}")
     model = load(base, device=device, dtype=dtype, quantization=how)
-    attach_saved(saved, model, find_sites(model))
+    taken = attach_saved(saved, model, find_sites(model)).positions()
     ids, stops = [one.ids for one in asked], ends | generation.stop_ids(model, tokenizer)
     with screen.progress("Generating", len(asked) * (1 + compare)) as advance:
 
         def answers() -> "list[Generation]":
             return generation.generate(
-                model, tokenizer, ids, decoding, stops=stops, advance=advance
+                model, tokenizer, ids, decoding, stops=stops, taken=taken, advance=advance
             )
 
         ours = answers()

@@ -53,7 +53,7 @@ class Steps:
     """The micro-batches of every optimizer step: a pure function of seed and step number.
 
     `limit` is how large a micro-batch may be: in tokens where `by_tokens`, else in rows. `longest`
-    is the tokens of the longest row, or dense pack.
+    is the tokens of the longest row, or dense pack; `max_length` is what neither goes beyond.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Steps:
             batch_size: rows (dense: packs) of one optimizer step over all processes.
             micro_batch_size: rows (dense: packs) of one forward pass; auto: by tokens.
             packing: true: the rows of a step; dense: best fit over all rows; false: padded.
-            max_length: tokens of a dense pack.
+            max_length: the most tokens of a row, and of a dense pack.
             epochs: passes over the data; with max_steps the smaller stops.
             max_steps: optimizer steps.
             weights: repeats per epoch of each example; a fraction takes a seeded share.
@@ -89,7 +89,7 @@ class Steps:
         self._examples, self._seed = Examples.of(examples), seed
         self._batch_size, self.by_tokens = batch_size, micro_batch_size == "auto"
         self.limit = MICRO_BATCH_TOKENS if micro_batch_size == "auto" else micro_batch_size
-        self._packing, self._max_length = packing, max_length
+        self._packing, self.max_length = packing, max_length
         self._process, self._processes = process, processes
         self._lengths, self._trained = self._examples.lengths, self._examples.trained
         self._rows = _repeated(weights or [1.0] * len(examples), seed)
@@ -108,8 +108,6 @@ class Steps:
         packing: Packing,
         seed: int,
         runtime: Runtime,
-        *,
-        max_length: int,
     ) -> Self:
         """Return the steps that a recipe's `train` section asks for, for this process."""
         return cls(
@@ -117,7 +115,7 @@ class Steps:
             batch_size=train.batch_size,
             micro_batch_size=train.micro_batch_size,
             packing=packing,
-            max_length=max_length,
+            max_length=dataset.max_length,
             epochs=train.epochs,
             max_steps=train.max_steps,
             weights=dataset.weights,
@@ -166,6 +164,7 @@ class Steps:
         other = copy.copy(self)
         other._lengths = np.minimum(self._lengths, length)
         other.longest = min(self.longest, length)
+        other.max_length = length
         return other
 
     def halved(self) -> Self | None:
@@ -224,7 +223,7 @@ class Steps:
         rows = self._rows[permutation(len(self._rows), self._seed, epoch, _ROWS)]
         if self._packing != "dense":
             return list(rows[:, None])
-        packs = pack(self._lengths[rows].tolist(), self._max_length)
+        packs = pack(self._lengths[rows].tolist(), self.max_length)
         order = permutation(len(packs), self._seed, epoch, _PACKS)
         return [rows[packs[number]] for number in order]
 

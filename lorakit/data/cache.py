@@ -49,7 +49,7 @@ def prepared(
     cache: Path,
     request: Request,
     tokenizer: PreTrainedTokenizerBase,
-    base_context: int | None,
+    context: int | None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Dataset:
     """Return what `prepare` makes of these arguments, from lorakit's cache folder where it is.
@@ -65,9 +65,8 @@ def prepared(
         depends_on = {
             "code": [__version__, _code(), platform.python_version()],
             "packages": [importlib.metadata.version(name) for name in _PACKAGES],
-            "settings": section.model_dump(mode="json", exclude={"packing"}),
-            "explicit": "too_long" in section.model_fields_set,
-            "max_length": longest_allowed(section, base_context),
+            "settings": section.model_dump(mode="json", exclude={"packing", "max_length"}),
+            "max_length": longest_allowed(section, context),
             "eval": [source.model_dump(mode="json") for source in request.eval_sources or ()],
             "only": request.only,
             "seed": request.seed if request.share else None,
@@ -81,7 +80,7 @@ def prepared(
         if found := _read(entry):
             advance(len(found.train) + len(found.eval))
             return found
-    dataset = prepare(request, tokenizer, base_context, advance)
+    dataset = prepare(request, tokenizer, context, advance)
     if entry and dataset.report.sha256 == digests:  # else a file has changed in between
         with suppress(LorakitError, OSError):
             _write(entry, dataset)

@@ -34,6 +34,8 @@ class Kept:
     formats: Counter[str] = field(default_factory=Counter)
     dropped: dict[str, list[Place]] = field(default_factory=lambda: defaultdict(list))
     spelled: list[Place] = field(default_factory=list)
+    trailing: list[Place] = field(default_factory=list)
+    unanswered: list[Place] = field(default_factory=list)
     inconsistent: Faults = field(default_factory=Faults)
     refused: Faults = field(default_factory=Faults)
     hidden: bool = False  # an answer that is not empty has left no trace in the rendered text
@@ -92,9 +94,13 @@ class Kept:
                 self.longest_prompt = max(self.longest_prompt, encoded.prompt or 0)
                 self.dropped[CUT_AWAY].append(item.place)
                 return
+        if item.conversation.messages[-1].role != "assistant" and self.section.train_on != "all":
+            self.trailing.append(item.place)
         self.examples.append(example)
         self.weights.append(item.weight)
-        if encoded.prompt:
+        if encoded.prompt and encoded.prompt >= self.max_length:
+            self.unanswered.append(item.place)  # its last answer was cut away
+        elif encoded.prompt:
             ids = tuple(encoded.ids[: encoded.prompt].tolist())
             prompt = Prompt(ids, rendered.prompt, rendered.reference, item.place)
             self.prompts.append(prompt)
@@ -115,8 +121,7 @@ class Kept:
             raise BadInput("data.too-long", lost, where=too_long[0], help=raise_to)
         if self.read and not self.examples:
             self._refuse_all(lost, raise_to)
-        explicit = "too_long" in self.section.model_fields_set
-        if len(too_long) > MOST_DROPPED * self.read and not explicit:
+        if len(too_long) > MOST_DROPPED * self.read and self.section.too_long == "auto":
             help = f"{raise_to}, or say data.too_long: drop or truncate"
             raise BadInput("data.too-long", lost, where=too_long[0], help=help)
 
@@ -154,6 +159,15 @@ class Kept:
         if cut:
             message = self._counted(cut, f"over max_length {self.max_length:,}: cut")
             found.append(Notice("data.cut", message, cut[0]))
+        if self.unanswered and self.name == "eval":  # those of train are never asked
+            what = f"no room for the last answer in max_length {self.max_length:,}: not answered"
+            message = self._counted(self.unanswered, what)
+            help = "metrics of answers go over the other rows; raise data.max_length"
+            found.append(Notice("data.unanswered", message, self.unanswered[0], help))
+        if self.trailing:
+            message = self._counted(self.trailing, "turns after the last answer: left out")
+            help = "data.train_on: all trains on them as well"
+            found.append(Notice("data.trailing-turns", message, self.trailing[0], help))
         if self.spelled:
             message = self._counted(self.spelled, "special tokens spelled in the data")
             help = "they are learnt as text in turns, and as themselves in plain text rows"

@@ -6,15 +6,16 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from lorakit.data.items import Request, read
+from lorakit.data.items import Items, Request, read
 from lorakit.data.kept import Kept
 from lorakit.data.report import Report
 from lorakit.data.template import Renderer
 from lorakit.data.tokens import Encoder, Examples, Prompt
-from lorakit.errors import BadInput, Notice
+from lorakit.errors import BadInput, Notice, Place
 from lorakit.recipe.sections import Data
 
 ROWS_AT_ONCE = 512
+USUAL_LENGTH = 2048  # of `data.max_length: auto`
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Dataset:
 def prepare(
     request: Request,
     tokenizer: PreTrainedTokenizerBase,
-    base_context: int | None,
+    context: int | None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Dataset:
     """Read, render and tokenise all data.
@@ -47,7 +48,7 @@ def prepare(
     Args:
         request: the rows that are wanted.
         tokenizer: the base's.
-        base_context: positions of the base, where it has a limit.
+        context: positions that the model has for a row, where there is a limit.
         advance: hears how many more rows are done.
 
     Raises:
@@ -55,7 +56,7 @@ def prepare(
         EnvironmentLacks: `env.offline`.
     """
     section = request.section
-    max_length = longest_allowed(section, base_context)
+    max_length = longest_allowed(section, context)
     items = read(request)
     renderer = renderer_of(section, tokenizer, request.folder)
     encoder = Encoder(tokenizer, renderer.special)
@@ -68,24 +69,47 @@ def prepare(
             sets[name].add(several, renderer, encoder)
             advance(len(several))
         sets[name].check()
-    return _dataset(sets["train"], sets["eval"], items.notices, items.sha256, renderer, tokenizer)
+    notices = (*items.notices, *_without_effect(section, items))
+    return _dataset(sets["train"], sets["eval"], notices, items.sha256, renderer, tokenizer)
 
 
-def longest_allowed(section: Data, base_context: int | None) -> int:
-    """Return max_length, at most the base's context.
+def longest_allowed(section: Data, context: int | None) -> int:
+    """Return max_length, at most the positions that the model has for a row.
 
     Raises:
         BadInput: `model.context-too-short` when the recipe asks for more.
     """
-    if base_context is None or section.max_length <= base_context:
-        return section.max_length
-    if "max_length" in section.model_fields_set:
+    asked = section.max_length
+    if asked == "auto":
+        return min(USUAL_LENGTH, context or USUAL_LENGTH)
+    if context is not None and asked > context:
         raise BadInput(
             "model.context-too-short",
-            f"data.max_length {section.max_length} > the model's {base_context} positions",
-            help=f"set data.max_length to at most {base_context}",
+            f"data.max_length {asked} > the {context} positions that the model has for a row",
+            help=f"set data.max_length to at most {context}",
         )
-    return base_context
+    return asked
+
+
+def _without_effect(section: Data, items: Items) -> list[Notice]:
+    """Return notices on keys that are set where all rows are plain text, which has no turns."""
+    rows = [item.conversation for item in (*items.train, *items.eval)]
+    if not items.train or any(row.template != "unused" or row.messages[:-1] for row in rows):
+        return []
+    keys = {
+        "chat_template": section.chat_template not in ("auto", "none"),
+        "train_on": section.train_on != "completions",
+    }
+    return [
+        Notice(
+            "recipe.no-effect",
+            f"data.{key} has no effect: every row is plain text, trained as it stands",
+            Place(items.train[0].place.file),
+            "remove this key, or set data.format",
+        )
+        for key, is_set in keys.items()
+        if is_set
+    ]
 
 
 def renderer_of(section: Data, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Renderer:

@@ -5,6 +5,7 @@ generation prompt, and the conversation through the answer, must both begin what
 to. So the mask follows whatever the template does, and never looks at token ids.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -154,11 +155,12 @@ class Renderer:
             self.template = None if source is None else ConfinedTemplate(source, variables)
         except BadInput as error:
             own = chat_template == "auto"
-            error.where = Place(tokenizer.name_or_path if own else str(folder / chat_template))
+            file = folder / os.path.expanduser(chat_template)
+            error.where = Place(tokenizer.name_or_path if own else str(file))
             raise
 
     def render(self, conversation: Conversation) -> Rendered:
-        """Return the pieces of a conversation, through its last answer.
+        """Return the pieces of a conversation, through its last answer unless all is trained.
 
         Raises:
             BadInput: `template.missing`, `template.inconsistent` when the rendering of the turns so
@@ -208,13 +210,14 @@ class Renderer:
         answers = [k for k, message in enumerate(messages) if message.role == "assistant"]
         last = answers[-1]
         learned = {k for k in answers if messages[k].trained and messages[k].content.strip()}
+        everything = self._train_on == "all"
         turns = [
             {"role": message.role, "content": self.special.broken(message.content)}
-            for message in messages[: last + 1]
+            for message in (messages if everything else messages[: last + 1])
         ]
         whole = _rendered(template, turns, generation=False)
         pieces: list[Piece] = []
-        at, everything = 0, self._train_on == "all"
+        at = 0
         for k in answers if self._train_on == "completions" else [last]:
             # An answer that nothing comes before has no prompt to answer.
             if k > 0 and (k in learned or k == last):
@@ -282,7 +285,7 @@ def _source(chosen: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> st
     if chosen in TEMPLATES:
         return TEMPLATES[chosen]
     if chosen.endswith(".jinja"):
-        return _read(folder / chosen)
+        return _read(folder / os.path.expanduser(chosen))
     names = ("auto", "none", *TEMPLATES)
     near = get_close_matches(chosen, names, n=1)
     raise BadInput(

@@ -54,22 +54,26 @@ def generate(
     decoding: Decoding,
     *,
     stops: frozenset[int],
+    taken: int = 0,
     advance: Callable[[int], None] = lambda _: None,
 ) -> list[Generation]:
     """Answer every prompt, given as token ids, up to one of `stops`.
 
     Rows are batched longest first. Each row draws from a generator of its own, so that its luck
-    depends on the seed and its index alone. `advance` hears how many more rows are done.
+    depends on the seed and its index alone. `taken` are the positions that an adapter stands on.
+    `advance` hears how many more rows are done.
 
     Raises:
         BadInput: `model.context-too-short` when a prompt leaves no room for an answer.
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or FOREVER
+    context -= taken
     limits = [min(decoding.max_new_tokens, context - len(prompt)) for prompt in prompts]
     if min(limits, default=1) < 1:
+        longest = max(map(len, prompts))
         raise BadInput(
             "model.context-too-short",
-            f"a prompt has {max(map(len, prompts))} tokens, the model has {context} positions",
+            f"a prompt has {longest} tokens, the model has {context} positions for it",
             help="shorten the prompt",
         )
     answers: dict[int, Generation] = {}

@@ -20,7 +20,6 @@ HIGHER_IS_BETTER = {
     "json_valid": True,
     "stop_rate": True,
 }
-GENERATED = frozenset({"exact_match", "json_valid", "stop_rate"})
 RESAMPLES = 1000
 DRAWN_AT_ONCE = 1 << 20  # row indices
 NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]*\.?[0-9]+)")

@@ -7,8 +7,8 @@ from xml.etree import ElementTree
 
 from lorakit import __version__
 from lorakit.evaluation.gates import Judgement, shown, verdict
-from lorakit.evaluation.metrics import GENERATED
 from lorakit.evaluation.results import Results
+from lorakit.recipe.sections import GENERATED
 from lorakit.storage.redact import printable
 from lorakit.storage.strict_json import dumps_line
 

@@ -10,7 +10,8 @@ import torch
 from lorakit.data.tokens import Prompt
 from lorakit.errors import Place
 from lorakit.evaluation.generation import Generation
-from lorakit.evaluation.metrics import GENERATED, HIGHER_IS_BETTER, Tally, bootstrap
+from lorakit.evaluation.metrics import HIGHER_IS_BETTER, Tally, bootstrap
+from lorakit.recipe.sections import GENERATED
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from lorakit.data.batches import eval_batches
 from lorakit.data.tokens import Example, Prompt
 from lorakit.errors import BadInput
 from lorakit.evaluation.generation import Decoding, Generation, generate, stop_ids
-from lorakit.evaluation.metrics import GENERATED, Tally, from_marks, from_scores, is_json, matches
+from lorakit.evaluation.metrics import Tally, from_marks, from_scores, is_json, matches
 from lorakit.evaluation.results import Measured, Results
-from lorakit.recipe.sections import Eval
+from lorakit.recipe.sections import GENERATED, Eval
 from lorakit.scoring import RowScore, score
 from lorakit.storage.strict_json import dumps_line
 
@@ -23,7 +23,8 @@ class Task:
     """What is measured: rows to score, prompts to answer, and the recipe's section.
 
     `packing` says whether scored rows may share a sequence; `stops` are ids that end an answer
-    besides those of the tokenizer and of the generation settings.
+    besides those of the tokenizer and of the generation settings; `taken` are the positions that
+    the adapter stands on.
     """
 
     examples: Sequence[Example]
@@ -32,6 +33,7 @@ class Task:
     stops: frozenset[int]
     seed: int = 0
     packing: bool = True
+    taken: int = 0
 
     @property
     def scores(self) -> bool:
@@ -112,7 +114,9 @@ def _answered(
     decoding = Decoding(how.max_new_tokens, how.temperature, seed=task.seed)
     prompts = [prompt.ids for prompt in task.prompts]
     stops = task.stops | stop_ids(model, tokenizer)
-    return generate(model, tokenizer, prompts, decoding, stops=stops, advance=advance)
+    return generate(
+        model, tokenizer, prompts, decoding, stops=stops, taken=task.taken, advance=advance
+    )
 
 
 def _tally(

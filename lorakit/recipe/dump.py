@@ -81,7 +81,7 @@ class _Writer:
             text = text.replace("{", "{{").replace("}", "}}")
         folder = self.origin.folder
         if files.is_path_key(path) and not os.path.isabs(text) and files.is_local(text, folder):
-            text = os.path.abspath(folder / text)
+            text = os.path.abspath(folder / os.path.expanduser(text))
         return text.replace("${", "$${")
 
     def comment(self, path: Keys) -> str:

@@ -28,7 +28,7 @@ def locate(name: str | os.PathLike[str], folder: Path | None = None) -> Path:
     Raises:
         BadInput: `recipe.not-found`, with the nearest names.
     """
-    path = folder / name if folder else Path(name)
+    path = folder / os.path.expanduser(name) if folder else Path(name)
     packaged = packaged_recipes()
     if os.path.exists(path):
         return path
@@ -97,7 +97,7 @@ def is_path_key(keys: Keys) -> bool:
 
 def is_local(text: str, folder: Path) -> bool:
     """Tell whether text that may also be a hub id means something on this machine."""
-    looks_local = text.startswith((".", "/")) or text.endswith(LOCAL_ENDINGS)
+    looks_local = text.startswith((".", "/", "~")) or text.endswith(LOCAL_ENDINGS)
     return looks_local or os.path.exists(folder / text)
 
 
@@ -106,9 +106,9 @@ def moved(root: Node, old: Path, new: Path) -> Node:
 
     def change(keys: Keys, node: Node) -> Node:
         text = node.value
-        if not isinstance(text, str) or os.path.isabs(text) or not is_path_key(keys):
+        if not isinstance(text, str) or not is_path_key(keys) or not is_local(text, old):
             return node
-        if not is_local(text, old):
+        if os.path.isabs(os.path.expanduser(text)):
             return node
         return Node(os.path.relpath(old / text, new), node.place, node.key)
 

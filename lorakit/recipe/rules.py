@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from datetime import date
 
 from lorakit.errors import BadInput, Notice, one_of
-from lorakit.recipe.sections import Eval, Origin, Recipe, Train
+from lorakit.recipe.sections import GENERATED, Eval, Origin, Recipe, Train
 from lorakit.recipe.texts import steering, too_long
 from lorakit.recipe.yaml_nodes import Path, dotted, problem
 from lorakit.storage.redact import printable
@@ -19,17 +19,23 @@ _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 def problems(recipe: Recipe, origin: Origin) -> list[BadInput]:
     """Return what does not go together: evaluation that is asked for needs rows to evaluate."""
-    if recipe.data.eval is not None or recipe.eval.data is not None:
-        return []
     # By value and not by presence: a resolved recipe spells out every default.
+    held_out, own = recipe.data.eval is not None, recipe.eval.data is not None
+    found: list[BadInput] = []
+    if recipe.train.eval_every != Train().eval_every and not held_out:
+        path: Path = ("train", "eval_every")
+        sentence = "training evaluates the rows of data.eval, and there are none"
+        help = "set data.eval: 0.05, or remove this key"
+        found.append(problem("conflict", path, sentence, origin.place(*path), help))
+    if held_out or own:
+        return found
     wanted = {
         ("eval", "gates"): (recipe.eval.gates, {}),
         ("eval", "metrics"): (recipe.eval.metrics, Eval().metrics),
-        ("train", "eval_every"): (recipe.train.eval_every, Train().eval_every),
     }
     asked: list[Path] = [path for path, (value, default) in wanted.items() if value != default]
     help = "set data.eval: 0.05 or eval.data, or remove this key"
-    return [
+    return found + [
         problem("conflict", path, "there are no rows to evaluate", origin.place(*path), help)
         for path in asked
     ]
@@ -58,6 +64,27 @@ def unusual(recipe: Recipe) -> tuple[Notice, ...]:
     message = f"train.learning_rate: {rate:g} is outside the usual {low:g} to {high:g}"
     where = recipe.origin.place("train", "learning_rate")
     return (Notice("recipe.unusual-value", message, where),)
+
+
+def without_effect(recipe: Recipe) -> tuple[Notice, ...]:
+    """Return notices on keys that are set and that nothing reads as the others stand."""
+    model, asked = recipe.model, recipe.eval
+    found: dict[Path, str] = {}
+    if not model.double_quant and model.quantization not in ("nf4", "fp4"):
+        found["model", "double_quant"] = "model.quantization: nf4 or fp4"
+    if asked.normalize != Eval().normalize and "exact_match" not in asked.metrics:
+        found["eval", "normalize"] = "exact_match in eval.metrics"
+    if asked.generate != Eval().generate and not GENERATED & set(asked.metrics):
+        found["eval", "generate"] = f"{one_of(sorted(GENERATED))} in eval.metrics"
+    return tuple(
+        Notice(
+            "recipe.no-effect",
+            f"{dotted(path)} has no effect without {needs}",
+            recipe.origin.place(*path),
+            "add that, or remove this key",
+        )
+        for path, needs in found.items()
+    )
 
 
 def _filled(

@@ -28,8 +28,10 @@ from lorakit.errors import Place
 from lorakit.recipe.bounds import read_bound
 
 DEFAULT_METHOD = "lora"
+SHORTEST_ROW = 8  # tokens that `data.max_length` allows at least
 
 Metric = Literal["loss", "perplexity", "token_accuracy", "exact_match", "json_valid", "stop_rate"]
+GENERATED = frozenset({"exact_match", "json_valid", "stop_rate"})  # what needs answers
 Optimizer = Literal[
     "adamw",
     "adamw_8bit",
@@ -156,14 +158,18 @@ class Data(Section):
     train_on: Literal["completions", "last", "all"] = Field(
         "completions", description="which tokens count: every answer, the last answer, or all"
     )
-    max_length: int = Field(2048, ge=8, description="longest row in tokens")
-    too_long: Literal["drop", "truncate", "error"] = Field(
-        "drop", description="what happens to longer rows; always counted and reported"
+    max_length: Literal["auto"] | Annotated[int, Field(ge=SHORTEST_ROW)] = Field(
+        "auto", description="longest row in tokens; auto: 2,048, or the model's positions if fewer"
     )
-    packing: bool | Literal["dense"] = Field(
-        True,
+    too_long: Literal["auto", "drop", "truncate", "error"] = Field(
+        "auto",
+        description="longer rows, always counted; auto: drop, but error above a tenth",
+    )
+    packing: bool | Literal["dense", "auto"] = Field(
+        "auto",
         description="true: the rows of a step, packed without seeing each other; "
-        "dense: best fit over the data set, train.batch_size counts packs; false: padded",
+        "dense: best fit over the data set, train.batch_size counts packs; false: padded; "
+        "auto: true where the model and the method can",
     )
 
 

@@ -41,20 +41,3 @@ def check_after(recipe: Recipe, base: Base, method: Method, how: Quantization | 
             help="set merge.base_weights: dequantised; or merge.enabled: false, and after training "
             "`lorakit merge` with --base and the model that it was made from",
         )
-
-
-def check_context(longest: int, method: Method, base: Base) -> None:
-    """Check that the longest row fits behind the positions that the adapter takes.
-
-    Raises:
-        BadInput: `model.context-too-short`.
-    """
-    taken = method.positions()
-    if base.context is not None and longest + taken > base.context:
-        raise BadInput(
-            "model.context-too-short",
-            f"the longest row has {longest:,} tokens and {method.name()} takes {taken:,} positions "
-            f"before it; the model has {base.context:,}",
-            help=f"set data.max_length to at most {max(base.context - taken, 0):,}, "
-            f"or make the {method.name()} shorter",
-        )

@@ -135,7 +135,7 @@ def cheapest(
         held = setup.quantization
         quantizations[Quantization("fp4" if held and held.form == "fp4" else "nf4")] = None
     asked = recipe.train.gradient_checkpointing
-    longest = recipe.data.max_length
+    longest = steps.max_length
     lengths = [length for n in range(10) if (length := longest >> n) >= SHORTEST or n == 0]
     first: Checkpointing = asked
     if ran_out and asked == "auto":  # no layer, as `auto` had it, or all

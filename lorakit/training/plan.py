@@ -27,7 +27,7 @@ from lorakit.model.families import is_llama_like
 from lorakit.model.quantized import Quantization
 from lorakit.model.quantizer import notices_of, quantizable
 from lorakit.model.sites import Site, find_sites, uneven
-from lorakit.recipe.rules import unusual
+from lorakit.recipe.rules import unusual, without_effect
 from lorakit.recipe.sections import Recipe
 from lorakit.runtime import Runtime
 from lorakit.training import checks, optim
@@ -175,19 +175,18 @@ def make(
     how = base.stored or Quantization.of(recipe.model)
     checks.check_after(recipe, base, method, how)
     with runtime.main_first():
-        dataset = data or prepare_data(recipe, base, tokenizer, permissions)
+        dataset = data or _prepared(recipe, base, method, tokenizer, permissions)
     # What is saved beside the adapter is the template that its rows were rendered with.
     tokenizer.chat_template = dataset.chat_template
     gpu = card.capability if card else capability(device)
     packing, unpacked = _packing(recipe, method, skeleton)
-    notices = [*base.notices, *unusual(recipe), *coverage, *dataset.notices, *replaced, *unpacked]
+    notices = [*base.notices, *unusual(recipe), *without_effect(recipe), *coverage]
+    notices += [*dataset.notices, *replaced, *unpacked]
     notices += [*(notices_of(skeleton, how, device) if how else []), *_not_here(recipe, gpu)]
     linears = [(site.outputs, site.inputs) for site in quantizable(skeleton)]
-    longest = recipe.data.max_length
-    steps = Steps.of(dataset, recipe.train, packing, recipe.seed, runtime, max_length=longest)
+    steps = Steps.of(dataset, recipe.train, packing, recipe.seed, runtime)
     _attach(recipe, method, skeleton, sites)
     longest = max(len(example.ids) for example in dataset.train)
-    checks.check_context(longest, method, base)
     shape = Shape.of(skeleton, _traced(skeleton, recipe, longest, packing, gpu, notices), linears)
     free = card.memory if card else runtime.least_free_bytes()
     setup = Setup(
@@ -243,14 +242,18 @@ def choose(recipe: Recipe, skeleton: PreTrainedModel) -> tuple[Method, list[Site
     return method, chosen, uneven(candidates, chosen)
 
 
-def prepare_data(
-    recipe: Recipe, base: Base, tokenizer: PreTrainedTokenizerBase, permissions: Permissions
+def _prepared(
+    recipe: Recipe,
+    base: Base,
+    method: Method,
+    tokenizer: PreTrainedTokenizerBase,
+    permissions: Permissions,
 ) -> Dataset:
-    """Read, render and count the rows of a recipe."""
+    """Read, render and count the rows of a recipe, for the positions that its method leaves."""
     request = Request.of(
         recipe, offline=permissions.offline, allow_local_code=permissions.local_code
     )
-    return prepared(cache_folder(), request, tokenizer, base.context)
+    return prepared(cache_folder(), request, tokenizer, method.context(base.context))
 
 
 def _traced(
@@ -283,10 +286,10 @@ def _packing(
     Raises:
         BadInput: when the recipe asks for what cannot be.
     """
-    reason = _cannot_pack(method, skeleton)
-    if not recipe.data.packing or reason is None:
-        return recipe.data.packing, []
-    if "packing" in recipe.data.model_fields_set:
+    asked, reason = recipe.data.packing, _cannot_pack(method, skeleton)
+    if not asked or reason is None:
+        return True if asked == "auto" else asked, []
+    if asked != "auto":
         where = recipe.origin.place("data", "packing")
         raise BadInput("recipe.conflict", f"data.packing: {reason}", where=where)
     return False, [Notice("run.packing-off", f"rows are padded, not packed: {reason}")]

@@ -96,7 +96,7 @@ TEXTS: dict[str, tuple[str | bytes, str | None, str, tuple[str, ...]]] = {
     'union, word': (MINIMAL + "train: {micro_batch_size: lots}", ':4:27', 'recipe.bad-choice', ("auto or a positive integer, got 'lots'",)),
     'union, zero': (MINIMAL + "train: {micro_batch_size: 0}", ':4:27', 'recipe.out-of-range', ('positive integer',)),
     'union, type': (MINIMAL + "train: {micro_batch_size: [1]}", ':4:27', 'recipe.wrong-type', ('auto or a positive integer',)),
-    'union, packing': (MINIMAL.rstrip() + "\n  packing: tight\n", ':4:12', 'recipe.bad-choice', ("one of true, false or dense, got 'tight'",)),
+    'union, packing': (MINIMAL.rstrip() + "\n  packing: tight\n", ':4:12', 'recipe.bad-choice', ("one of true, false, dense or auto, got 'tight'",)),
     'union, eval': (MINIMAL + "  eval: 1.5\n", ':4:9', 'recipe.out-of-range', ('(0,', '1)', '1.5', '0.015')),
     'union, source': (MINIMAL + "  eval: [{path: a, weight: 0}]\n", ':4:28', 'recipe.out-of-range', ('data.eval[0].weight', 'greater than 0')),
     'union, source key': (MINIMAL + "  eval: {path: a, wieght: 1}\n", ':4:19', 'recipe.unknown-key', ('data.eval.wieght', "'weight'")),

@@ -118,6 +118,19 @@ def test_cut_rows_keep_what_fits(tmp_path: Path) -> None:
     assert found.report.train.cut == 1
 
 
+def test_a_prompt_whose_answer_was_cut_away_is_not_answered(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    later = [{"role": "user", "content": "what? " * 20}, turns[1]]
+    path = rows_file(tmp_path, [{"messages": turns}, {"messages": [*turns, *later]}])
+    data = section(path, eval=str(path), max_length=60, too_long="truncate")
+    found = prepared(data)
+    assert len(found.eval) == 2
+    assert [prompt.place.line for prompt in found.eval_prompts] == [1]
+    (notice,) = [notice for notice in found.notices if notice.id == "data.unanswered"]
+    assert "1 of 2 rows of eval: no room for the last answer in max_length 60" in notice.message
+    assert str(notice.where) == f"{path}:2"
+
+
 def test_nothing_left_after_the_cut_names_the_length(tmp_path: Path) -> None:
     data = section(rows_file(tmp_path, [LONG] * 4), max_length=16, too_long="truncate")
     with pytest.raises(BadInput) as caught:
@@ -143,7 +156,7 @@ def test_context(tmp_path: Path) -> None:
     path = rows_file(tmp_path, SHORT)
     assert prepared(section(path), context=64).max_length == 64
     assert prepared(section(path, max_length=64), context=64).max_length == 64
-    with pytest.raises(BadInput, match="max_length 65 > the model's 64 positions") as caught:
+    with pytest.raises(BadInput, match="max_length 65 > the 64 positions") as caught:
         prepared(section(path, max_length=65), context=64)
     assert caught.value.id == "model.context-too-short"
 
@@ -171,6 +184,16 @@ def test_an_answer_that_does_not_end(tmp_path: Path) -> None:
     (notice,) = found.notices
     assert notice.id == "data.eos-untrained"
     assert "0 of 20 rows" in notice.message
+
+
+def test_turns_after_the_last_answer_are_counted(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path = rows_file(tmp_path, [{"messages": turns}, {"messages": [*turns, turns[0]]}])
+    (notice,) = prepared(section(path)).notices
+    assert notice.id == "data.trailing-turns"
+    assert "1 of 2 rows of train: turns after the last answer: left out" in notice.message
+    assert str(notice.where) == f"{path}:2"
+    assert not prepared(section(path, train_on="all")).notices
 
 
 def test_special_tokens_in_the_data_are_counted(tmp_path: Path) -> None:
@@ -290,6 +313,18 @@ def test_text_has_no_prompts(tmp_path: Path) -> None:
     assert all(e.labels[1:].tolist() == e.ids[1:].tolist() for e in (*found.train, *found.eval))
     assert found.report.eval is not None
     assert found.report.eval.ends_in_stop == 2
+
+
+def test_keys_that_plain_text_has_no_use_for(tmp_path: Path) -> None:
+    path = rows_file(tmp_path, [{"text": f"the text {k}"} for k in range(4)])
+    keys = {"train_on": "all", "chat_template": "chatml"}
+    found = prepared(section(path, **keys), tokenizer=base_tokenizer())
+    assert _ids(found) == ["recipe.no-effect"] * 2
+    assert [n.message.split()[0] for n in found.notices] == ["data.chat_template", "data.train_on"]
+    turns = rows_file(tmp_path, SHORT, "turns.jsonl")
+    assert "recipe.no-effect" not in _ids(prepared(section(turns, **keys)))
+    mixed = section(path, **keys, eval=str(turns))
+    assert "recipe.no-effect" not in _ids(prepared(mixed))
 
 
 def test_progress(tmp_path: Path) -> None:

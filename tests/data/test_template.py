@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import cache
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -222,6 +223,17 @@ def test_train_on() -> None:
     assert everything.labels[0] == everything.labels[-1] == MASKED  # nothing before, nothing to say
 
 
+def test_turns_after_the_last_answer_belong_to_all() -> None:
+    tokenizer = tiny_tokenizer()
+    messages = [Message("user", "a"), Message("assistant", "b"), Message("user", "late")]
+    everything = _encoded(tokenizer, messages, train_on="all")
+    (_, masked), (text, trained), (end, _) = _runs(tokenizer, everything)
+    assert (masked, trained, end) == (False, True, "\n")
+    assert text.endswith("assistant\nb<|im_end|>\n<|im_start|>user\nlate<|im_end|>")
+    shorter = _encoded(tokenizer, messages[:-1], train_on="all")
+    assert everything.prompt == shorter.prompt
+
+
 def test_an_answer_may_be_left_out() -> None:
     tokenizer = tiny_tokenizer()
     messages = [Message("user", "a"), Message("assistant", "b", trained=False)]
@@ -270,6 +282,14 @@ def test_own_templates(name: str, make: Callable[[], Any]) -> None:
     text = "".join(text for text, _ in runs)
     assert (text.count("<s>") == 1) == (make is base_tokenizer)
     assert text.startswith("<s>") == (make is base_tokenizer)
+
+
+def test_a_template_in_the_users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    messages = [Message("user", "a"), Message("assistant", "b")]
+    runs = _runs(tiny_tokenizer(), _encoded(tiny_tokenizer(), messages, chat_template="~/t.jinja"))
+    assert "".join(text for text, _ in runs) == "[a][b]"
 
 
 def _plain(tokenizer: Any, *contents: str, template: str = "optional", **keys: Any) -> Encoded:

@@ -6,12 +6,13 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from lorakit import adapters
 from lorakit.cli.app import app
 from tests.export.adapters import find_base, save_adapter
-from tests.tiny import write_tiny_model
+from tests.tiny import tiny_config, tiny_tokenizer, write_tiny_model
 
 RECIPE = """
 model: tiny
@@ -185,6 +186,35 @@ def test_an_adapter_trained_on_4_bits_is_measured_and_answers_on_4_bits(run: Any
     passport.write_text(before)
     assert held.exit_code == 0, held.output
     assert "The base is held as in training: nf4, double" in held.stderr
+
+
+PREFIX = """
+model: short
+adapter: {method: prefix}
+data: {train: rows.jsonl, eval: long.jsonl, too_long: truncate}
+eval: {metrics: [loss, stop_rate], generate: {max_new_tokens: 99}}
+output_dir: prefix
+"""
+
+
+def test_no_token_comes_to_where_a_prefix_has_moved_it_beyond_the_context(run: Any, folder: Path):
+    short = AutoModelForCausalLM.from_config(tiny_config("gpt2", n_positions=64))
+    short.save_pretrained(folder / "short")
+    tiny_tokenizer().save_pretrained(folder / "short")
+    base = find_base(folder / "short")
+    save_adapter(base, folder / "prefix" / "adapter", "prefix", tokens=20, init="random")
+    row = {"prompt": "what?", "completion": "it is " * 60}
+    (folder / "long.jsonl").write_text(f"{json.dumps(row)}\n")
+    (folder / "prefix.yaml").write_text(PREFIX)
+    result = run("eval", "prefix.yaml")
+    assert result.exit_code == 0, result.output
+    assert "over max_length 44: cut" in result.stderr
+    asked = ("generate", "prefix", "what?", "--max-new-tokens", "99", "--json")
+    answered = run(*asked)
+    assert answered.exit_code == 0, answered.output
+    assert json.loads(answered.stdout)["tokens"] < 44
+    previewed = run("data", "stats", "prefix.yaml", "--json")
+    assert json.loads(previewed.stdout)["max_length"] == 44
 
 
 def test_merge_finds_the_base_and_tells_what_it_checked(run: Any, folder: Path):

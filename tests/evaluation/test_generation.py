@@ -155,5 +155,13 @@ def test_answers_end_where_the_model_has_no_more_positions():
     assert caught.value.id == "model.context-too-short"
 
 
+def test_positions_that_the_adapter_takes_are_none_for_tokens():
+    model, tokenizer = tiny_model("gpt2"), tiny_tokenizer()
+    (found,) = generate(model, tokenizer, [[5] * 230], Decoding(30), stops=FREE, taken=20)
+    assert len(found.tokens) == 6
+    with pytest.raises(BadInput, match="240 tokens, the model has 236"):
+        generate(model, tokenizer, [[5] * 240], Decoding(NEW), stops=END, taken=20)
+
+
 def test_nothing_to_answer_gives_nothing():
     assert generate(tiny_model("llama"), tiny_tokenizer(), [], Decoding(), stops=END) == []

@@ -84,6 +84,24 @@ def test_local_paths_become_absolute(tmp_path: Path) -> None:
     assert again.data.chat_template == str(tmp_path / "t.jinja")
 
 
+def test_paths_of_the_users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They mean the same from every folder, also in what another recipe extends."""
+    home, work = tmp_path / "home", tmp_path / "work"
+    for folder in (home, work):
+        folder.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    text = "model: ~/base\ndata: {train: [~/rows.jsonl, ~/more], chat_template: ~/t.jinja}\n"
+    (home / "recipe.yaml").write_text(text + "eval: {data: ~/e.csv}\n")
+    recipe = read_text(work, "extends: ~/recipe.yaml\n")
+    assert recipe.model.path == "~/base"
+    again = reread(dump(recipe), work)
+    assert again.model.path == str(home / "base")
+    assert [one.path for one in again.data.train] == [str(home / "rows.jsonl"), str(home / "more")]
+    assert again.data.chat_template == str(home / "t.jinja")
+    assert again.eval.data is not None
+    assert again.eval.data[0].path == str(home / "e.csv")
+
+
 def test_comments_name_who_changed_a_key(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text(MINIMAL + "seed: 7\n")
     recipe = read_text(tmp_path, "extends: base.yaml\ntask: causal-lm\n", ["train.epochs=2"])

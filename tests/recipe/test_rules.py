@@ -53,6 +53,33 @@ def test_evaluation_by_default_asks_for_nothing(tmp_path: Path) -> None:
     assert len(problems(tmp_path, text.replace(": epoch", ": 5"))) == 1
 
 
+def test_training_evaluates_the_rows_of_data_alone(tmp_path: Path) -> None:
+    text = MINIMAL + "eval: {data: held.jsonl}\ntrain: {eval_every: 5}\n"
+    (found,) = problems(tmp_path, text)
+    assert found.startswith("recipe.yaml:5:21: [recipe.conflict] train.eval_every: ")
+    assert not problems(tmp_path, text.replace("  train: hub/rows", "  train: x\n  eval: 0.1"))
+
+
+@pytest.mark.parametrize(
+    ("idle", "needs", "key"),
+    [
+        ("double_quant: false", "quantization: nf4", "model.double_quant"),
+        ("normalize: [number]", "metrics: [exact_match]", "eval.normalize"),
+        ("generate: {max_new_tokens: 5}", "metrics: [stop_rate]", "eval.generate"),
+    ],
+)
+def test_keys_without_effect(idle: str, needs: str, key: str, tmp_path: Path) -> None:
+    def noticed(*written: str) -> list[str]:
+        said = ", ".join(written)
+        model, asked = (said, "") if key.startswith("model") else ("", said)
+        text = f"model: {{path: hub/base, {model}}}\ndata: {{train: hub/rows, eval: 0.1}}\n"
+        recipe = read_text(tmp_path, text + f"eval: {{{asked}}}\n")
+        return [notice.message.split()[0] for notice in rules.without_effect(recipe)]
+
+    assert noticed() == noticed(needs) == noticed(idle, needs) == []
+    assert noticed(idle) == [key]
+
+
 def test_unusual_learning_rates(tmp_path: Path) -> None:
     for rate, count in {"1e-6": 0, "5e-3": 0, "9e-7": 1, "0.1": 1}.items():
         recipe = read_text(tmp_path, MINIMAL + f"train: {{learning_rate: {rate}}}\n")

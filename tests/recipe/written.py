@@ -60,9 +60,9 @@ DATA = st.builds(
         chat_template=PATHS | st.just("auto"),
         system=st.none() | st.just("") | WORDS | st.text("a\n\t \"'\\", min_size=1),
         train_on=st.sampled_from(["completions", "last", "all"]),
-        max_length=st.integers(8, 10**6),
-        too_long=st.sampled_from(["drop", "error"]),
-        packing=st.booleans() | st.just("dense"),
+        max_length=st.integers(8, 10**6) | st.just("auto"),
+        too_long=st.sampled_from(["auto", "drop", "error"]),
+        packing=st.booleans() | st.sampled_from(["dense", "auto"]),
     ),
 )
 TRAIN = some(

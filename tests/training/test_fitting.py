@@ -38,7 +38,7 @@ def known() -> Shape:
 def steps(**settings: Any) -> Steps:
     ids = np.zeros(512, np.int32)
     rows = [Example(ids, ids, Place("rows.jsonl", n)) for n in range(64)]
-    return Steps(rows, batch_size=64, **settings)
+    return Steps(rows, batch_size=64, max_length=512, **settings)
 
 
 def chosen(
@@ -107,9 +107,7 @@ def test_what_the_recipe_says_stays() -> None:
 
 
 def recipe(**train: Any) -> Recipe:
-    return Recipe.model_validate(
-        {"model": "m", "data": {"train": "rows.jsonl", "max_length": 512}, "train": train}
-    )
+    return Recipe.model_validate({"model": "m", "data": {"train": "rows.jsonl"}, "train": train})
 
 
 WIDE = (256, 704, 2 * LAYERS, 4, 2, 320)
@@ -164,7 +162,7 @@ def test_a_base_is_held_smaller_where_the_recipe_chose_how(
     model["quantization"] = held.form if held else "none"
     train = {"micro_batch_size": 1, "gradient_checkpointing": "offload", "batch_size": 64}
     written = Recipe.model_validate(
-        {"model": model, "data": {"train": "rows.jsonl", "max_length": SHORTEST}, "train": train}
+        {"model": model, "data": {"train": "rows.jsonl"}, "train": train}
     )
     setup = Setup(SHORTEST, recomputed=2 * LAYERS, offload=True, quantization=held, gpu=True)
     needs = estimate(wide, replace(setup, quantization=Quantization("nf4"))).total

@@ -1,5 +1,6 @@
 """What a plan says before any weight is read, and what it refuses."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
 from lorakit import adapters
 from lorakit.cli.train_run import as_begun
 from lorakit.errors import BadInput
 from lorakit.model import base as base_models
-from lorakit.recipe.reader import read
+from lorakit.recipe.reader import dump, read
+from lorakit.recipe.sections import Recipe
 from lorakit.runtime import Runtime
 from lorakit.training import passports, summary
 from lorakit.training import plan as plans
@@ -28,19 +31,87 @@ ALONE = Runtime(torch.device("cpu"))
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("plan")
     write_tiny_model(path / "model", "llama", tied=True)
+    short = AutoModelForCausalLM.from_config(tiny_config("gpt2", n_positions=64))
+    short.save_pretrained(path / "short")
+    tiny_tokenizer().save_pretrained(path / "short")
     row = '{{"prompt": "the capital {n}", "completion": "of france"}}\n'
     (path / "rows.jsonl").write_text("".join(row.format(n=n) for n in range(10)))
+    row = '{{"prompt": "{long}", "completion": "of france"}}\n'
+    long = [row.format(long="the capital " * (1 + 30 * (n % 2))) for n in range(10)]
+    (path / "long.jsonl").write_text("".join(long))
     return path
 
 
-def planned(folder: Path, **sections: Any) -> Plan:
+def written(folder: Path, **sections: Any) -> Recipe:
     file = folder / "recipe.yaml"
     recipe = {"model": {"path": "model", "dtype": "fp32"}, "data": {"train": "rows.jsonl"}}
     for name, section in sections.items():
         recipe[name] = recipe.get(name, {}) | section
     file.write_text(yaml.safe_dump(recipe))
-    made = read(str(file), adapters.settings_for, [], environ={})
-    return make(made, ALONE, Permissions(offline=True))
+    return read(str(file), adapters.settings_for, [], environ={})
+
+
+def planned(folder: Path, **sections: Any) -> Plan:
+    return make(written(folder, **sections), ALONE, Permissions(offline=True))
+
+
+def decided(recipe: Recipe) -> Any:
+    """Return all that a plan of a recipe decides, or how it is refused."""
+    try:
+        plan = make(recipe, ALONE, Permissions(offline=True))
+    except BadInput as error:
+        return error.id, error.message, error.help
+    facts = summary.facts(plan)
+    del facts["free_bytes"], facts["disk"], facts["data"]["sha256"]  # by what the files are called
+    notices = [(notice.id, notice.message, notice.help) for notice in plan.notices]
+    return facts, notices, plan.packing, plan.lean, plan.compiled, plan.steps.order_sha256(0)
+
+
+SHORT, PREFIX, LONG = {"path": "short"}, {"method": "prefix"}, {"train": "long.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("sections", "refused"),
+    [
+        ({}, None),
+        ({"adapter": PREFIX}, None),
+        ({"adapter": PREFIX, "data": {"packing": True}}, "recipe.conflict"),
+        ({"adapter": PREFIX, "data": {"packing": False}}, None),
+        ({"model": SHORT}, None),
+        ({"model": SHORT, "data": {"packing": "dense"}}, None),
+        ({"model": SHORT, "data": {"max_length": 65}}, "model.context-too-short"),
+        ({"model": SHORT, "data": LONG}, "data.too-long"),
+        ({"model": SHORT, "data": LONG | {"too_long": "drop"}}, None),
+        ({"data": LONG | {"max_length": 48}}, "data.too-long"),
+    ],
+    ids=str,
+)
+def test_a_recipe_written_out_decides_as_the_recipe_itself(
+    folder: Path, tmp_path: Path, sections: dict[str, Any], refused: str | None
+) -> None:
+    """What a run leaves as resolved.yaml names every key, and is the same recipe."""
+    recipe = written(folder, **sections)
+    out = tmp_path / "resolved.yaml"
+    out.write_text(dump(recipe))
+    found = decided(recipe)
+    assert (found[0] if refused else None) == refused
+    assert decided(read(out, adapters.settings_for, environ={})) == found
+
+
+def test_every_row_fits_behind_a_prefix(folder: Path) -> None:
+    row = {"prompt": "the capital", "completion": "of france " * 30}
+    (folder / "eval.jsonl").write_text(f"{json.dumps(row)}\n")
+    data = {"eval": "eval.jsonl", "too_long": "truncate"}
+    plan = planned(folder, model=SHORT, adapter=PREFIX, data=data)
+    assert plan.dataset.max_length == 64 - 20
+    assert plan.dataset.eval.lengths.tolist() == [64 - 20]
+    with pytest.raises(BadInput, match="max_length 64 > the 44 positions"):
+        planned(folder, model=SHORT, adapter=PREFIX, data={"max_length": 64})
+
+
+def test_a_dense_pack_is_no_longer_than_the_context(folder: Path) -> None:
+    plan = planned(folder, model=SHORT, data={"packing": "dense"})
+    assert plan.steps.longest <= 64
 
 
 @pytest.mark.parametrize(
