@@ -162,8 +162,7 @@ class Data(Section):
         "auto", description="longest row in tokens; auto: 2,048, or the model's positions if fewer"
     )
     too_long: Literal["auto", "drop", "truncate", "error"] = Field(
-        "auto",
-        description="longer rows, always counted; auto: drop, but error above a tenth",
+        "auto", description="longer rows, always counted; auto: drop, but error above a tenth"
     )
     packing: bool | Literal["dense", "auto"] = Field(
         "auto",

@@ -3,6 +3,7 @@
 import importlib.metadata
 import platform
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from lorakit import __version__
@@ -19,6 +20,8 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
 # Keys that change neither the mathematics nor the order of the data.
 HARMLESS_SECTIONS = ("output_dir", "merge", "eval")
 HARMLESS_KEYS = ("log_every", "save_every", "keep_checkpoints", "strict_optimizer", "on_oom")
+# Where things lie, which a resolved recipe writes otherwise: what lies there has its digest.
+PATHS = ("path", "chat_template")
 
 
 def versions(plan: Plan | None = None) -> dict[str, str]:
@@ -64,10 +67,12 @@ def of_run(plan: Plan, state: State) -> dict[str, Any]:
 
 def pinned(plan: Plan, runtime: Runtime) -> dict[str, Any]:
     """Return what must be the same for a resumed run to end bit-equal to an uninterrupted one."""
+    report = plan.dataset.report
+    digests = {"sha256": list(report.sha256.values())}
     return {
         **{f"recipe.{key}": value for key, value in _mathematics(plan.recipe).items()},
-        **{f"data {source}": sha256 for source, sha256 in plan.dataset.report.sha256.items()},
-        "data": sha256_json(plan.dataset.report.facts()),
+        **{f"data {Path(source).name}": sha256 for source, sha256 in report.sha256.items()},
+        "data": sha256_json(report.facts() | digests),
         "tokenizer": plan.base.tokenizer_sha256(),
         "order": plan.steps.order_sha256(0),
         "template": sha256_json(plan.dataset.chat_template),
@@ -86,6 +91,18 @@ def _mathematics(recipe: Recipe) -> dict[str, Any]:
     for section, value in recipe.model_dump(mode="json").items():
         members = value if isinstance(value, dict) else {"": value}
         for key, member in members.items():
-            if section not in HARMLESS_SECTIONS and key not in HARMLESS_KEYS:
-                flat[f"{section}.{key}".rstrip(".")] = member
+            if section not in HARMLESS_SECTIONS and key not in (*HARMLESS_KEYS, *PATHS):
+                flat[f"{section}.{key}".rstrip(".")] = _without_paths(member)
     return flat
+
+
+def _without_paths(value: Any) -> Any:
+    """Return the value of a key; of sources all but where they lie."""
+    if not isinstance(value, list):
+        return value
+    return [
+        {key: one for key, one in source.items() if key not in PATHS}
+        if isinstance(source, dict)
+        else source
+        for source in value
+    ]

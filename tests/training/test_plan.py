@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from lorakit import adapters
 from lorakit.cli.train_run import as_begun
+from lorakit.data.template import TEMPLATES
 from lorakit.errors import BadInput
 from lorakit.model import base as base_models
 from lorakit.recipe.reader import dump, read
@@ -39,6 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     row = '{{"prompt": "{long}", "completion": "of france"}}\n'
     long = [row.format(long="the capital " * (1 + 30 * (n % 2))) for n in range(10)]
     (path / "long.jsonl").write_text("".join(long))
+    (path / "t.jinja").write_text(TEMPLATES["chatml"])
     return path
 
 
@@ -64,7 +66,7 @@ def decided(recipe: Recipe) -> Any:
     facts = summary.facts(plan)
     del facts["free_bytes"], facts["disk"], facts["data"]["sha256"]  # by what the files are called
     notices = [(notice.id, notice.message, notice.help) for notice in plan.notices]
-    return facts, notices, plan.packing, plan.lean, plan.compiled, plan.steps.order_sha256(0)
+    return facts, notices, plan.packing, plan.lean, passports.pinned(plan, ALONE)
 
 
 SHORT, PREFIX, LONG = {"path": "short"}, {"method": "prefix"}, {"train": "long.jsonl"}
@@ -83,6 +85,7 @@ SHORT, PREFIX, LONG = {"path": "short"}, {"method": "prefix"}, {"train": "long.j
         ({"model": SHORT, "data": LONG}, "data.too-long"),
         ({"model": SHORT, "data": LONG | {"too_long": "drop"}}, None),
         ({"data": LONG | {"max_length": 48}}, "data.too-long"),
+        ({"data": {"eval": ["long.jsonl"], "chat_template": "t.jinja"}}, None),
     ],
     ids=str,
 )
