@@ -31,11 +31,15 @@ PATIENCE = timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class Runtime:
-    """One process of a run: its device, its number and how many there are."""
+    """One process of a run: its device, its number, how many there are and how many of them here.
+
+    `local_processes` are those on this machine: they share its cores and the host's memory.
+    """
 
     device: torch.device
     process: int = 0
     processes: int = 1
+    local_processes: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -95,15 +99,16 @@ class Runtime:
         return resident_bytes()
 
     def free_bytes(self) -> int:
-        """Return the memory that can still be had on the device."""
+        """Return the memory that can still be had on the device, which is the host on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.mem_get_info(self.device)[0]
         return available_bytes()
 
     def least_free_bytes(self) -> int:
-        """Return the memory that every process can have on its device."""
+        """Return the memory that every process can have on its device, all at once."""
         free = torch.zeros(self.processes, dtype=torch.int64, device=self.device)
-        free[self.process] = self.free_bytes()
+        sharing = 1 if self.is_gpu else self.local_processes
+        free[self.process] = self.free_bytes() // sharing
         return int(self.sum(free).min())
 
     def release(self) -> None:
@@ -165,11 +170,12 @@ def start() -> Runtime:
     """
     processes = environment.count("WORLD_SIZE", 1, least=1)
     process, local = environment.count("RANK", 0), environment.count("LOCAL_RANK", 0)
+    here = environment.count("LOCAL_WORLD_SIZE", processes, least=1)
     if process >= processes:
         message = f"this is process {process} of {processes} (the variables RANK and WORLD_SIZE)"
         raise BadInput("usage", message, help="start several processes with --nproc, or torchrun")
     if not environment.variable("OMP_NUM_THREADS"):
-        torch.set_num_threads(max(1, usable_cores() // processes))
+        torch.set_num_threads(max(1, usable_cores() // here))
     _keep_freed_memory()
     _take_equal_workspaces()
     device = torch.device("cpu")
@@ -195,7 +201,7 @@ def start() -> Runtime:
             message = f"WORLD_SIZE is {processes}, but {error}"
             help = "start several processes with --nproc, or torchrun"
             raise BadInput("usage", message, help=help) from error
-    return Runtime(device, process, processes)
+    return Runtime(device, process, processes, here)
 
 
 def lost_another(process: int, processes: int, error: RuntimeError) -> RunFailed:

@@ -95,6 +95,33 @@ def test_products_can_have_equal_bits_from_the_first_one_on(
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == taken
 
 
+def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four processes on two machines, each with 1,000 bytes free on its device."""
+    monkeypatch.setattr(Runtime, "free_bytes", lambda _: 1000)
+    monkeypatch.setattr(Runtime, "sum", lambda self, free: free + (1000 - free) * (free == 0))
+    assert Runtime(CPU).least_free_bytes() == 1000
+    assert Runtime(CPU, 3, 4, local_processes=2).least_free_bytes() == 500
+    monkeypatch.setattr(Runtime, "is_gpu", True)
+    assert Runtime(CPU, 3, 4, local_processes=2).least_free_bytes() == 1000
+
+
+def test_a_launcher_says_how_many_processes_are_on_this_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr("lorakit.runtime.usable_cores", lambda: 32)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in (("RANK", "9"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "16")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert start().local_processes == 16, "else all of them are"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert start() == Runtime(CPU, 9, 16, local_processes=8)
+    assert threads == [2, 4]
+
+
 def test_cores_are_those_this_process_may_use() -> None:
     assert 1 <= usable_cores() <= (os.cpu_count() or 1)
 

@@ -17,7 +17,7 @@ from lorakit.data.packing import pack, padded_groups, spread
 from lorakit.data.prepare import Dataset
 from lorakit.data.tokens import MASKED, Example, Examples
 from lorakit.errors import BadInput, Place
-from lorakit.recipe.sections import Train
+from lorakit.recipe.sections import Recipe
 from lorakit.runtime import Runtime
 
 # Each pass over the layers costs as much as some 250 tokens of a small model on two cores: so many
@@ -100,27 +100,19 @@ class Steps:
         self.total = min(planned, max_steps or planned)
 
     @classmethod
-    def of(
-        cls,
-        dataset: Dataset,
-        train: Train,
-        packing: Packing,
-        seed: int,
-        runtime: Runtime,
-        *,
-        max_length: int,
-    ) -> Self:
-        """Return the steps that a recipe's `train` section asks for, for this process."""
+    def of(cls, dataset: Dataset, recipe: Recipe, packing: Packing, runtime: Runtime) -> Self:
+        """Return the steps that a recipe asks for, for this process."""
+        train = recipe.train
         return cls(
             dataset.train,
             batch_size=train.batch_size,
             micro_batch_size=train.micro_batch_size,
             packing=packing,
-            max_length=max_length,
+            max_length=recipe.data.max_length,
             epochs=train.epochs,
             max_steps=train.max_steps,
             weights=dataset.weights,
-            seed=seed,
+            seed=recipe.seed,
             process=runtime.process,
             processes=runtime.processes,
         )

@@ -78,6 +78,7 @@ class Plan:
     shape: Shape
     setup: Setup
     free_bytes: int
+    local_processes: int
     notices: tuple[Notice, ...]
 
     @property
@@ -183,8 +184,7 @@ def make(
     notices = [*base.notices, *unusual(recipe), *coverage, *dataset.notices, *replaced, *unpacked]
     notices += [*(notices_of(skeleton, how, device) if how else []), *_not_here(recipe, gpu)]
     linears = [(site.outputs, site.inputs) for site in quantizable(skeleton)]
-    longest = recipe.data.max_length
-    steps = Steps.of(dataset, recipe.train, packing, recipe.seed, runtime, max_length=longest)
+    steps = Steps.of(dataset, recipe, packing, runtime)
     _attach(recipe, method, skeleton, sites)
     longest = max(len(example.ids) for example in dataset.train)
     checks.check_context(longest, method, base)
@@ -212,6 +212,7 @@ def make(
         shape,
         setup,
         free,
+        runtime.local_processes,
         (*notices, *_warmup(recipe, steps.total)),
     )
 

@@ -114,7 +114,7 @@ def prepare(plan: Plan, runtime: Runtime, folder: RunFolder, reporter: Reporter,
     adapters.set_training(model, True)
     named = adapters.trainable(model)
     groups = method.param_groups(model, settings.learning_rate)
-    optimizer = optim.build(settings, groups, plan.setup.optimizer, runtime.free_bytes())
+    optimizer = optim.build(settings, groups, plan.setup.optimizer, runtime.least_free_bytes())
     gradients = Gradients(named)
     if not runtime.is_gpu:
         # A step that changes nothing makes the states: behind a real one they would lie scattered
