@@ -8,9 +8,11 @@ import ctypes
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from threading import Event
 
 import torch
 import torch.distributed
@@ -27,6 +29,8 @@ M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 WORKSPACES = (":4096:8", ":16:8")
 # A collective that takes longer means that another process hangs.
 PATIENCE = timedelta(minutes=30)
+# How often a process that others wait for says that it is at work.
+MOMENT = 1.0
 
 
 @dataclass(frozen=True)
@@ -63,20 +67,43 @@ class Runtime:
                 raise lost_another(self.process, self.processes, error) from error
         return tensor
 
+    def anywhere(self, holds: bool) -> bool:
+        """Tell whether something holds in any process; all of them ask."""
+        return bool(self.sum(torch.tensor([float(holds)], device=self.device)).item())
+
     def wait(self) -> None:
         """Wait until every process has come here."""
-        self.sum(torch.zeros(1, device=self.device)).item()
+        self.anywhere(False)
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Let the main process run the block before the others: they find what it has made."""
-        if not self.is_main:
-            self.wait()
-        try:
+        """Let the main process run the block before the others: they find what it has made.
+
+        They wait as long as that takes: while it runs, the main process says that it is there.
+
+        Raises:
+            RunFailed: when another process has died or hangs.
+        """
+        if self.processes == 1:
             yield
-        finally:
-            if self.is_main:
-                self.wait()
+        elif self.is_main:
+            done = Event()
+            with ThreadPoolExecutor(1) as beside:
+                said = beside.submit(self._say_at_work, done)
+                try:
+                    yield
+                finally:
+                    done.set()
+                    said.result()
+                    self.anywhere(False)
+        else:
+            while self.anywhere(False):
+                pass
+            yield
+
+    def _say_at_work(self, done: Event) -> None:
+        while not done.wait(MOMENT):
+            self.anywhere(True)
 
     def peak_bytes(self) -> int:
         """Return the most memory in use so far: of the GPU's allocator, or resident on a CPU.

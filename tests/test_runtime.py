@@ -1,16 +1,24 @@
 """Cores and memory of the machine, and what one process makes of a sum."""
 
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from lorakit import runtime as runtimes
 from lorakit.host import available_bytes, highest_bytes, resident_bytes, usable_cores
 from lorakit.runtime import Runtime, start
+from tests.faults.forked import Child
 
 CPU = torch.device("cpu")
 
@@ -33,18 +41,68 @@ def test_a_gpus_peak_can_be_measured_anew(monkeypatch: pytest.MonkeyPatch) -> No
     assert asked == [torch.device("cuda", 0)]
 
 
-def test_the_main_process_goes_first_whatever_becomes_of_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    events: list[str] = []
-    monkeypatch.setattr(Runtime, "wait", lambda self: events.append(f"{self.process} waits"))
-    with Runtime(CPU, 0, 2).main_first():
-        events.append("0 works")
-    with Runtime(CPU, 1, 2).main_first():
-        events.append("1 works")
-    with pytest.raises(KeyError), Runtime(CPU, 0, 2).main_first():
-        raise KeyError
-    assert events == ["0 works", "0 waits", "1 waits", "1 works", "0 waits"]
+def two(action: Callable[[Runtime], None]) -> list[Child]:
+    """Start two processes that lose patience with each other after two seconds."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def process(number: int) -> None:
+        places = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 2, "MASTER_PORT": port}
+        os.environ.update({key: str(value) for key, value in places.items()})
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+        runtimes.PATIENCE, runtimes.MOMENT = timedelta(seconds=2), 0.2
+        action(start())
+
+    return [Child(partial(process, number)) for number in range(2)]
+
+
+@pytest.mark.slow  # one process has to lose patience
+def test_the_others_wait_while_the_main_process_is_at_work() -> None:
+    def action(runtime: Runtime) -> None:
+        began = time.monotonic()
+        with runtime.main_first():
+            if runtime.is_main:
+                time.sleep(5)
+            sys.stdout.write(f"{time.monotonic() - began:.1f}")
+        runtime.wait()
+
+    ends = [child.ended(20) for child in two(action)]
+    assert [ended.code for ended in ends] == [0, 0], ends[1]
+    assert all(float(ended.said) > 4 for ended in ends), ends
+
+
+@pytest.mark.slow  # one process has to lose patience
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
+def test_nobody_waits_for_a_main_process_that_is_gone(number: signal.Signals) -> None:
+    def action(runtime: Runtime) -> None:
+        with runtime.main_first():
+            sys.stdout.write("at work")
+            if runtime.is_main:
+                time.sleep(1)  # the other waits by then
+                os.kill(os.getpid(), number)
+
+    main, other = two(action)
+    try:
+        ended = other.ended(10)
+    finally:
+        main.send(signal.SIGKILL)
+        main.ended()
+    assert "RunFailed: process 1 of 2" in ended.said, ended
+    assert "at work" not in ended.said
+
+
+@pytest.mark.slow  # starts two processes
+def test_the_others_go_on_whatever_becomes_of_the_work_of_the_main_process() -> None:
+    def action(runtime: Runtime) -> None:
+        with runtime.main_first():
+            if runtime.is_main:
+                raise KeyError
+            sys.stdout.write("found nothing")
+
+    main, other = (child.ended(20) for child in two(action))
+    assert "KeyError" in main.said, main
+    assert (other.code, other.said) == (0, "found nothing")
 
 
 def test_dropout_is_a_function_of_seed_step_and_process() -> None:

@@ -149,7 +149,7 @@ def choose_kernels(
     if not (plan.compiled if begun is None else begun):
         return False
     reason = fuse_kernels(runtime.device, plan.dtype)
-    if _in_every(runtime, reason is None):
+    if not runtime.anywhere(reason is not None):
         return True
     keep_kernels_apart()
     reason = reason or "it does not in another process"
@@ -174,16 +174,10 @@ def choose_loss(plan: Plan, runtime: Runtime, model: PreTrainedModel, begun: str
         return begun
     trained = max(1, int(plan.setup.tokens * plan.setup.share))
     found = take_faster(model, trained, at_any_speed=begun == LIGER)
-    if _in_every(runtime, found == LIGER):
+    if not runtime.anywhere(found != LIGER):
         return LIGER
     keep_own()
     return f"{OWN}, as in another process" if found == LIGER else found
-
-
-def _in_every(runtime: Runtime, holds: bool) -> bool:
-    """Tell whether something holds in every process; all of them ask."""
-    against = torch.tensor([float(not holds)], device=runtime.device)
-    return not runtime.sum(against).item()
 
 
 def save(run: Run) -> None:
