@@ -1,5 +1,6 @@
 """Cores and memory of the machine, and what one process makes of a sum."""
 
+import hashlib
 import os
 import signal
 import socket
@@ -103,6 +104,20 @@ def test_the_others_go_on_whatever_becomes_of_the_work_of_the_main_process() -> 
     main, other = (child.ended(20) for child in two(action))
     assert "KeyError" in main.said, main
     assert (other.code, other.said) == (0, "found nothing")
+
+
+@pytest.mark.slow  # starts two processes
+def test_a_digest_is_worked_out_once_and_told_to_all(tmp_path: Path) -> None:
+    def action(runtime: Runtime) -> None:
+        def digest() -> str:
+            (tmp_path / f"by {runtime.process}").touch()
+            return hashlib.sha256(b"a base").hexdigest()
+
+        sys.stdout.write(runtime.from_main(digest))
+
+    ends = [child.ended(20) for child in two(action)]
+    assert [ended.said for ended in ends] == 2 * [hashlib.sha256(b"a base").hexdigest()], ends
+    assert [path.name for path in tmp_path.iterdir()] == ["by 0"]
 
 
 def test_dropout_is_a_function_of_seed_step_and_process() -> None:

@@ -69,6 +69,19 @@ def test_the_counts_of_a_plan_are_those_of_the_adapted_model(
     assert all(label or text for label, text in summary.lines(plan))
 
 
+def test_the_files_of_a_base_are_read_by_the_main_process_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned(folder)
+    alone = passports.pinned(plan, ALONE)
+    monkeypatch.setattr(Runtime, "from_main", lambda *_: "of the main process")
+    for name in ("weights_sha256", "tokenizer_sha256"):
+        monkeypatch.setattr(base_models.Base, name, "never called")
+    told = passports.pinned(plan, Runtime(ALONE.device, 1, 2))
+    differs = {key for key in alone if alone[key] != told[key]}
+    assert differs == {"base", "tokenizer", "processes"}
+
+
 def test_the_host_holds_what_every_process_of_the_machine_takes(folder: Path) -> None:
     plan = planned(folder)
     alone, four = (replace(plan, local_processes=number) for number in (1, 4))
