@@ -52,7 +52,7 @@ def resident_bytes() -> int:
 
 
 def highest_bytes() -> int:
-    """Return the most resident memory that this process has had.
+    """Return the most resident memory that this process has had since `reset_highest`.
 
     Not `ru_maxrss`, in which a process inherits what its parent had. The kernel brings its mark up
     to date only now and then.
@@ -63,6 +63,12 @@ def highest_bytes() -> int:
         return 1024 * max(int(rows[name].split()[0]) for name in ("VmHWM", "VmRSS"))
     except (OSError, KeyError):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_highest() -> None:
+    """Let the highest mark be that of what comes now; where the kernel refuses, it stays."""
+    with suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")
 
 
 def available_bytes(root: Path = Path("/")) -> int:

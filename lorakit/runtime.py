@@ -20,7 +20,13 @@ import torch.distributed
 from lorakit import environment
 from lorakit.devices import CopyQueue, HostCopy
 from lorakit.errors import BadInput, EnvironmentLacks, RunFailed
-from lorakit.host import available_bytes, highest_bytes, resident_bytes, usable_cores
+from lorakit.host import (
+    available_bytes,
+    highest_bytes,
+    reset_highest,
+    resident_bytes,
+    usable_cores,
+)
 
 # Of <malloc.h>: sizes from which memory is mapped apart, and from which it is given back.
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
@@ -119,18 +125,20 @@ class Runtime:
             self.anywhere(True)
 
     def peak_bytes(self) -> int:
-        """Return the most memory in use so far: of the GPU's allocator, or resident on a CPU.
+        """Return the most memory in use since `reset_peak`.
 
-        On a GPU that is since `reset_peak`.
+        Of a GPU's allocator, or resident on a CPU.
         """
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return highest_bytes()
 
     def reset_peak(self) -> None:
-        """Let the peak of a GPU be that of what comes now; a CPU's mark is the process's own."""
+        """Let the peak be that of what comes now."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            reset_highest()
 
     def used_bytes(self) -> int:
         """Return the memory in use now: of the GPU's allocator, or resident on a CPU."""
