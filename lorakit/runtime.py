@@ -8,8 +8,8 @@ import ctypes
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from threading import Event
@@ -74,8 +74,11 @@ class Runtime:
         return tensor
 
     def anywhere(self, holds: bool) -> bool:
-        """Tell whether something holds in any process; all of them ask."""
-        return bool(self.sum(torch.tensor([float(holds)], device=self.device)).item())
+        """Tell whether something holds in any process; all of them ask.
+
+        On the host, where one that has ended is noticed at once.
+        """
+        return bool(self.sum(torch.tensor([float(holds)])).item())
 
     def wait(self) -> None:
         """Wait until every process has come here."""
@@ -98,10 +101,12 @@ class Runtime:
                 said = beside.submit(self._say_at_work, done)
                 try:
                     yield
-                finally:
-                    done.set()
-                    said.result()
-                    self.anywhere(False)
+                except BaseException:
+                    # It says more than that others have ended, of a signal that all have had too.
+                    with suppress(RunFailed):
+                        self._let_go(done, said)
+                    raise
+                self._let_go(done, said)
         else:
             while self.anywhere(False):
                 pass
@@ -117,12 +122,18 @@ class Runtime:
         with self.main_first():
             if self.is_main:
                 found = digest()
-        numbers = torch.tensor(list(bytes.fromhex(found)) or [0] * 32, device=self.device)
+        numbers = torch.tensor(list(bytes.fromhex(found)) or [0] * 32)
         return bytes(self.sum(numbers).tolist()).hex()
 
     def _say_at_work(self, done: Event) -> None:
         while not done.wait(MOMENT):
             self.anywhere(True)
+
+    def _let_go(self, done: Event, said: Future[None]) -> None:
+        """End what `_say_at_work` says, and let those go on that wait."""
+        done.set()
+        said.result()
+        self.anywhere(False)
 
     def peak_bytes(self) -> int:
         """Return the most memory in use since `reset_peak`.
@@ -238,7 +249,7 @@ def start() -> Runtime:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if processes > 1 and not torch.distributed.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         try:
             torch.distributed.init_process_group(
                 backend, rank=process, world_size=processes, timeout=PATIENCE

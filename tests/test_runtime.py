@@ -112,6 +112,43 @@ def test_the_others_go_on_whatever_becomes_of_the_work_of_the_main_process() -> 
 
 
 @pytest.mark.slow  # starts two processes
+def test_a_signal_that_all_have_had_ends_the_main_process_by_itself() -> None:
+    """The others leave at once, while it is still at work."""
+
+    def action(runtime: Runtime) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with runtime.main_first():
+            if runtime.is_main:
+                time.sleep(30)
+
+    main, other = two(action)
+    time.sleep(2)  # until they have met
+    other.send(signal.SIGINT)
+    assert "KeyboardInterrupt" in other.ended(10).said
+    main.send(signal.SIGINT)
+    ended = main.ended(10)
+    assert ended.said.rstrip().endswith("KeyboardInterrupt"), ended
+
+
+def test_processes_with_gpus_meet_on_the_host_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda backend, **_: asked.append(backend)
+    )
+    runtime = start()
+    assert (runtime.device, asked) == (torch.device("cuda", 1), ["cpu:gloo,cuda:nccl"])
+    devices: list[torch.device] = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda one: devices.append(one.device))
+    runtime.wait()
+    assert devices == [CPU]
+
+
+@pytest.mark.slow  # starts two processes
 def test_a_digest_is_worked_out_once_and_told_to_all(tmp_path: Path) -> None:
     def action(runtime: Runtime) -> None:
         def digest() -> str:
