@@ -20,8 +20,13 @@ def best_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= NATIVE_BF16
         return torch.bfloat16 if native else torch.float16
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    fast = torch.cpu._is_avx512_bf16_supported() or has_amx()
     return torch.bfloat16 if fast else torch.float32
+
+
+def has_amx() -> bool:
+    """Tell whether the CPU multiplies tiles of matrices."""
+    return torch.cpu._is_amx_tile_supported()
 
 
 def capability(device: torch.device) -> tuple[int, int] | None:

@@ -23,6 +23,7 @@ VARIABLES = {
     "RANK": "number of this process, set by the launcher",
     "LOCAL_RANK": "number of this process on its machine, set by the launcher",
     "WORLD_SIZE": "number of processes, set by the launcher",
+    "LOCAL_WORLD_SIZE": "number of processes on this machine; else all of them are on it",
     "GLIBC_TUNABLES": "how the C library allocates; `train` and `merge` set it where nobody has",
     "CUBLAS_WORKSPACE_CONFIG": "workspaces of cuBLAS; set where they do not give equal bits",
     "OMP_NUM_THREADS": "threads of the CPU kernels; else the cores this process may use",

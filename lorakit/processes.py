@@ -49,6 +49,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
                 "RANK": str(process),
                 "LOCAL_RANK": str(process),
                 "WORLD_SIZE": str(processes),
+                "LOCAL_WORLD_SIZE": str(processes),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }

@@ -7,10 +7,12 @@ the path of eight: a sum over one process is the value itself.
 import ctypes
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from threading import Event
 
 import torch
 import torch.distributed
@@ -18,7 +20,13 @@ import torch.distributed
 from lorakit import environment
 from lorakit.devices import CopyQueue, HostCopy
 from lorakit.errors import BadInput, EnvironmentLacks, RunFailed
-from lorakit.host import available_bytes, highest_bytes, resident_bytes, usable_cores
+from lorakit.host import (
+    available_bytes,
+    highest_bytes,
+    reset_highest,
+    resident_bytes,
+    usable_cores,
+)
 
 # Of <malloc.h>: sizes from which memory is mapped apart, and from which it is given back.
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
@@ -27,15 +35,21 @@ M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 WORKSPACES = (":4096:8", ":16:8")
 # A collective that takes longer means that another process hangs.
 PATIENCE = timedelta(minutes=30)
+# How often a process that others wait for says that it is at work.
+MOMENT = 1.0
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """One process of a run: its device, its number and how many there are."""
+    """One process of a run: its device, its number, how many there are and how many of them here.
+
+    `local_processes` are those on this machine: they share its cores and the host's memory.
+    """
 
     device: torch.device
     process: int = 0
     processes: int = 1
+    local_processes: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -59,34 +73,83 @@ class Runtime:
                 raise lost_another(self.process, self.processes, error) from error
         return tensor
 
+    def anywhere(self, holds: bool) -> bool:
+        """Tell whether something holds in any process; all of them ask.
+
+        On the host, where one that has ended is noticed at once.
+        """
+        return bool(self.sum(torch.tensor([float(holds)])).item())
+
     def wait(self) -> None:
         """Wait until every process has come here."""
-        self.sum(torch.zeros(1, device=self.device)).item()
+        self.anywhere(False)
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Let the main process run the block before the others: they find what it has made."""
-        if not self.is_main:
-            self.wait()
-        try:
+        """Let the main process run the block before the others: they find what it has made.
+
+        They wait as long as that takes: while it runs, the main process says that it is there.
+
+        Raises:
+            RunFailed: when another process has died or hangs.
+        """
+        if self.processes == 1:
             yield
-        finally:
+        elif self.is_main:
+            done = Event()
+            with ThreadPoolExecutor(1) as beside:
+                said = beside.submit(self._say_at_work, done)
+                try:
+                    yield
+                except BaseException:
+                    # It says more than that others have ended, of a signal that all have had too.
+                    with suppress(RunFailed):
+                        self._let_go(done, said)
+                    raise
+                self._let_go(done, said)
+        else:
+            while self.anywhere(False):
+                pass
+            yield
+
+    def from_main(self, digest: Callable[[], str]) -> str:
+        """Return a SHA-256, in hex, that the main process alone works out while the others wait.
+
+        Raises:
+            RunFailed: when another process has died or hangs.
+        """
+        found = ""
+        with self.main_first():
             if self.is_main:
-                self.wait()
+                found = digest()
+        numbers = torch.tensor(list(bytes.fromhex(found)) or [0] * 32)
+        return bytes(self.sum(numbers).tolist()).hex()
+
+    def _say_at_work(self, done: Event) -> None:
+        while not done.wait(MOMENT):
+            self.anywhere(True)
+
+    def _let_go(self, done: Event, said: Future[None]) -> None:
+        """End what `_say_at_work` says, and let those go on that wait."""
+        done.set()
+        said.result()
+        self.anywhere(False)
 
     def peak_bytes(self) -> int:
-        """Return the most memory in use so far: of the GPU's allocator, or resident on a CPU.
+        """Return the most memory in use since `reset_peak`.
 
-        On a GPU that is since `reset_peak`.
+        Of a GPU's allocator, or resident on a CPU.
         """
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return highest_bytes()
 
     def reset_peak(self) -> None:
-        """Let the peak of a GPU be that of what comes now; a CPU's mark is the process's own."""
+        """Let the peak be that of what comes now."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            reset_highest()
 
     def used_bytes(self) -> int:
         """Return the memory in use now: of the GPU's allocator, or resident on a CPU."""
@@ -95,15 +158,16 @@ class Runtime:
         return resident_bytes()
 
     def free_bytes(self) -> int:
-        """Return the memory that can still be had on the device."""
+        """Return the memory that can still be had on the device, which is the host on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.mem_get_info(self.device)[0]
         return available_bytes()
 
     def least_free_bytes(self) -> int:
-        """Return the memory that every process can have on its device."""
+        """Return the memory that every process can have on its device, all at once."""
         free = torch.zeros(self.processes, dtype=torch.int64, device=self.device)
-        free[self.process] = self.free_bytes()
+        sharing = 1 if self.is_gpu else self.local_processes
+        free[self.process] = self.free_bytes() // sharing
         return int(self.sum(free).min())
 
     def release(self) -> None:
@@ -165,11 +229,12 @@ def start() -> Runtime:
     """
     processes = environment.count("WORLD_SIZE", 1, least=1)
     process, local = environment.count("RANK", 0), environment.count("LOCAL_RANK", 0)
+    here = environment.count("LOCAL_WORLD_SIZE", processes, least=1)
     if process >= processes:
         message = f"this is process {process} of {processes} (the variables RANK and WORLD_SIZE)"
         raise BadInput("usage", message, help="start several processes with --nproc, or torchrun")
     if not environment.variable("OMP_NUM_THREADS"):
-        torch.set_num_threads(max(1, usable_cores() // processes))
+        torch.set_num_threads(max(1, usable_cores() // here))
     _keep_freed_memory()
     _take_equal_workspaces()
     device = torch.device("cpu")
@@ -184,7 +249,7 @@ def start() -> Runtime:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if processes > 1 and not torch.distributed.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         try:
             torch.distributed.init_process_group(
                 backend, rank=process, world_size=processes, timeout=PATIENCE
@@ -195,7 +260,7 @@ def start() -> Runtime:
             message = f"WORLD_SIZE is {processes}, but {error}"
             help = "start several processes with --nproc, or torchrun"
             raise BadInput("usage", message, help=help) from error
-    return Runtime(device, process, processes)
+    return Runtime(device, process, processes, here)
 
 
 def lost_another(process: int, processes: int, error: RuntimeError) -> RunFailed:

@@ -27,7 +27,7 @@ ROWS = (
     ("data",),
     ("scoring",),
     ("training",),
-    ("export", "algebra"),
+    ("export",),
     ("evaluation",),
     ("cli",),
     ("__main__",),
@@ -126,6 +126,10 @@ def test_imports_keep_the_rows() -> None:
         and room_of(each.module) != module.room
         and ROW[room_of(each.module)] >= ROW[module.room]
     )
+
+
+def test_every_row_has_its_rooms() -> None:
+    none(f"{room} is no room" for room in set(ROW) - {m.room for m in MODULES.values()} - {""})
 
 
 def test_no_module_imports_itself_by_a_detour() -> None:
@@ -275,6 +279,11 @@ def below(kind: type) -> Iterator[type]:
     for child in kind.__subclasses__():
         yield child
         yield from below(child)
+
+
+def test_contributors_are_told_how_long_is_too_long() -> None:
+    told = f"Files of at most {LONGEST_FILE} lines, functions of at most {LONGEST_FUNCTION}."
+    assert told in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
 def test_files_and_functions_are_short() -> None:

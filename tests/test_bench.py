@@ -9,12 +9,17 @@ import sys
 import zipfile
 from dataclasses import fields
 from pathlib import Path
+from statistics import median
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
+from lorakit.model import quantizer
+from lorakit.model.quantized import Quantization
+from lorakit.training import speed
 from tests.source_tree import ROOT
 from tests.tiny import write_tiny_model
 
@@ -32,6 +37,50 @@ def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
     return module
+
+
+def test_the_shares_that_plan_expects_are_those_of_the_results(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of lorakit as it is; the roof is that of products as torch multiplies them by itself."""
+    compare = script("compare", monkeypatch)
+    found: dict[float, list[float]] = {}
+    for path in sorted(BENCH.glob("results/cpu-*.json")):
+        results = json.loads(path.read_text())
+        amx = "amx_bf16" in results["machine"]["flags"]
+        for config in results["configs"]:
+            if config["id"] not in ("C1", "C2", "C3", "C4", "A3", "A4"):
+                continue
+            for arm in config["arms"]:
+                words = arm["name"].removesuffix(" (again)").split()
+                if words[0] == "lorakit" and len(words) < 3 and arm.get("timed"):
+                    dtype = arm["dtype"]
+                    needs = compare.flops_a_token(results["sizes"], config)
+                    rate = needs * arm["tokens_per_second"]["median"] / 1e9
+                    key = speed.SHARE_AMX if amx else speed.SHARE_BF16
+                    shares = found.setdefault(speed.SHARE_FP32 if dtype == "fp32" else key, [])
+                    shares.append(rate / results["roof"][dtype]["gflops"])
+    assert set(found) == {speed.SHARE_FP32, speed.SHARE_BF16, speed.SHARE_AMX}
+    for expected, shares in found.items():
+        assert len(shares) >= 7
+        assert median(shares) == pytest.approx(expected, abs=0.02)
+
+
+def test_what_4_bit_steps_cost_is_told_as_the_results_have_it() -> None:
+    """The notice on a CPU and the README: A5 are steps of 64 tokens, A6 of 512."""
+    results = json.loads((BENCH / "results/cpu-2026-11-27-epyc-2.json").read_text())
+    ratios = {}
+    for config in results["configs"]:
+        if config["id"] in ("A5", "A6"):
+            dense, nf4, again = (arm["tokens_per_second"]["median"] for arm in config["arms"])
+            ratios[config["id"]] = [round(one / nf4, 1) for one in sorted((dense, again))]
+    assert ratios["A5"][-1] == 1.0
+    low, high = ratios["A6"]
+    how, model = Quantization("nf4"), cast(PreTrainedModel, torch.nn.Linear(2, 2))
+    (notice,) = quantizer.notices_of(model, how, torch.device("cpu"))
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    for text in (notice.message, readme):
+        assert f"{low} to {high} times as long at 512" in text
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ from lorakit.training.plan import Permissions, Plan, make
 from lorakit.training.progress import Reporter, duration
 from lorakit.training.run import Outcome
 
-LARGE = 4 * GIB  # bytes of weights, which take seconds to read
+LARGE = 4 * GIB  # bytes of files of weights, which take seconds to read
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def run(
                 lambda extra: make(read(extra), runtime, permissions),
                 is_main=runtime.is_main,
             )
-            if plan.memory.parts["weights"] > LARGE:
+            if plan.base.file_bytes > LARGE:
                 screen.say("Reading   every byte of the base once, so that a resume knows it again")
             pinned = passports.pinned(plan, runtime)
             with folders.opened(path, mode, runtime, pinned, allow_inexact=allow_inexact) as folder:

@@ -18,7 +18,7 @@ from lorakit.data.prepare import Dataset
 from lorakit.data.tokens import Example, Examples
 from lorakit.errors import BadInput, Place
 from lorakit.model.inputs import MASKED
-from lorakit.recipe.sections import Train
+from lorakit.recipe.sections import Recipe
 from lorakit.runtime import Runtime
 
 # Each pass over the layers costs as much as some 250 tokens of a small model on two cores: so many
@@ -101,15 +101,9 @@ class Steps:
         self.total = min(planned, max_steps or planned)
 
     @classmethod
-    def of(
-        cls,
-        dataset: Dataset,
-        train: Train,
-        packing: Packing,
-        seed: int,
-        runtime: Runtime,
-    ) -> Self:
-        """Return the steps that a recipe's `train` section asks for, for this process."""
+    def of(cls, dataset: Dataset, recipe: Recipe, packing: Packing, runtime: Runtime) -> Self:
+        """Return the steps that a recipe asks for, for this process."""
+        train = recipe.train
         return cls(
             dataset.train,
             batch_size=train.batch_size,
@@ -119,7 +113,7 @@ class Steps:
             epochs=train.epochs,
             max_steps=train.max_steps,
             weights=dataset.weights,
-            seed=seed,
+            seed=recipe.seed,
             process=runtime.process,
             processes=runtime.processes,
         )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorakit.devices import has_amx
 from lorakit.model.documents import Documents, Sorted
 
 # Documents up to this long are faster by batched products than by the fused kernels of CPUs, which
@@ -206,4 +207,4 @@ def _is_grouped(query: Tensor, length: int) -> bool:
 
 @cache
 def _has_amx() -> bool:
-    return torch.cpu._is_amx_tile_supported()
+    return has_amx()

@@ -86,6 +86,14 @@ class Base:
         return limit if isinstance(limit, int) and limit > 0 else None
 
     @property
+    def file_bytes(self) -> int:
+        """The bytes of the files that hold the weights."""
+        if self.gguf:
+            return self.gguf.stat().st_size
+        with self.weights() as weights:
+            return weights.file_bytes
+
+    @property
     def sizes(self) -> dict[str, int]:
         """What most plainly tells one base from another."""
         config = self.config.get_text_config()

@@ -54,8 +54,9 @@ def notices_of(model: PreTrainedModel, how: Quantization, device: torch.device) 
     notices = []
     if device.type == "cpu":
         message = (
-            f"on a CPU {how.form} saves memory, not time: steps of SmolLM2 took 1.0 to 1.4 times as"
-            " long as with dense weights at 64 tokens, 1.0 to 1.2 at 512; quantising it took 4 s"
+            # scripts/bench/results/cpu-2026-11-27-epyc-2.json: A5 and A6.
+            f"on a CPU {how.form} saves memory, not time: steps of SmolLM2 in nf4 took about as "
+            "long as with dense weights at 64 tokens, 1.1 to 1.2 times as long at 512"
         )
         notices.append(Notice("model.quantized-on-cpu", message))
     experts = sum(p.numel() for p in model.parameters() if p.dim() > 2)

@@ -95,6 +95,12 @@ class Weights:
     def files(self) -> tuple[str, ...]:
         return tuple(self.sources)
 
+    @property
+    def file_bytes(self) -> int:
+        """The bytes of all files, headers included."""
+        files = (file for file in self.sources.values() if isinstance(file, TensorFile))
+        return sum(file.layout.size for file in files)
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape, as it is stored."""
         return self.sources[self.file_of[name]].shape(name)

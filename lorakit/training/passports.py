@@ -66,17 +66,20 @@ def of_run(plan: Plan, state: State) -> dict[str, Any]:
 
 
 def pinned(plan: Plan, runtime: Runtime) -> dict[str, Any]:
-    """Return what must be the same for a resumed run to end bit-equal to an uninterrupted one."""
+    """Return what must be the same for a resumed run to end bit-equal to an uninterrupted one.
+
+    The base's files are read by the main process alone.
+    """
     report = plan.dataset.report
     digests = {"sha256": list(report.sha256.values())}
     return {
         **{f"recipe.{key}": value for key, value in _mathematics(plan.recipe).items()},
         **{f"data {Path(source).name}": sha256 for source, sha256 in report.sha256.items()},
         "data": sha256_json(report.facts() | digests),
-        "tokenizer": plan.base.tokenizer_sha256(),
+        "tokenizer": runtime.from_main(plan.base.tokenizer_sha256),
         "order": plan.steps.order_sha256(0),
         "template": sha256_json(plan.dataset.chat_template),
-        "base": plan.base.weights_sha256(),
+        "base": runtime.from_main(plan.base.weights_sha256),
         "dtype": str(plan.dtype).removeprefix("torch."),
         "device": runtime.describe(),
         "processes": runtime.processes,

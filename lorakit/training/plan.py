@@ -78,6 +78,7 @@ class Plan:
     shape: Shape
     setup: Setup
     free_bytes: int
+    local_processes: int
     notices: tuple[Notice, ...]
 
     @property
@@ -184,7 +185,7 @@ def make(
     notices += [*dataset.notices, *replaced, *unpacked]
     notices += [*(notices_of(skeleton, how, device) if how else []), *_not_here(recipe, gpu)]
     linears = [(site.outputs, site.inputs) for site in quantizable(skeleton)]
-    steps = Steps.of(dataset, recipe.train, packing, recipe.seed, runtime)
+    steps = Steps.of(dataset, recipe, packing, runtime)
     _attach(recipe, method, skeleton, sites)
     longest = max(len(example.ids) for example in dataset.train)
     shape = Shape.of(skeleton, _traced(skeleton, recipe, longest, packing, gpu, notices), linears)
@@ -211,6 +212,7 @@ def make(
         shape,
         setup,
         free,
+        runtime.local_processes,
         (*notices, *_warmup(recipe, steps.total)),
     )
 

@@ -114,7 +114,7 @@ def prepare(plan: Plan, runtime: Runtime, folder: RunFolder, reporter: Reporter,
     adapters.set_training(model, True)
     named = adapters.trainable(model)
     groups = method.param_groups(model, settings.learning_rate)
-    optimizer = optim.build(settings, groups, plan.setup.optimizer, runtime.free_bytes())
+    optimizer = optim.build(settings, groups, plan.setup.optimizer, runtime.least_free_bytes())
     gradients = Gradients(named)
     if not runtime.is_gpu:
         # A step that changes nothing makes the states: behind a real one they would lie scattered
@@ -149,7 +149,7 @@ def choose_kernels(
     if not (plan.compiled if begun is None else begun):
         return False
     reason = fuse_kernels(runtime.device, plan.dtype)
-    if _in_every(runtime, reason is None):
+    if not runtime.anywhere(reason is not None):
         return True
     keep_kernels_apart()
     reason = reason or "it does not in another process"
@@ -174,16 +174,10 @@ def choose_loss(plan: Plan, runtime: Runtime, model: PreTrainedModel, begun: str
         return begun
     trained = max(1, int(plan.setup.tokens * plan.setup.share))
     found = take_faster(model, trained, at_any_speed=begun == LIGER)
-    if _in_every(runtime, found == LIGER):
+    if not runtime.anywhere(found != LIGER):
         return LIGER
     keep_own()
     return f"{OWN}, as in another process" if found == LIGER else found
-
-
-def _in_every(runtime: Runtime, holds: bool) -> bool:
-    """Tell whether something holds in every process; all of them ask."""
-    against = torch.tensor([float(not holds)], device=runtime.device)
-    return not runtime.sum(against).item()
 
 
 def save(run: Run) -> None:

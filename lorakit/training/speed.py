@@ -8,15 +8,17 @@ from dataclasses import dataclass
 
 import torch
 
-from lorakit.devices import DTYPES, NATIVE_BF16
+from lorakit.devices import DTYPES, NATIVE_BF16, has_amx
 from lorakit.errors import BadInput, EnvironmentLacks, one_of
 from lorakit.host import GIB
 from lorakit.runtime import Runtime
 from lorakit.training.memory import Setup, Shape
 
-# What of the rate of large products a whole step reaches. On a CPU 0.68 was seen with fp32 on a
-# Xeon (`scripts/bench/README.md`); on a GPU nothing was measured yet.
-SHARE_OF_MEASURED, SHARE_OF_PUBLISHED = 0.65, 0.5
+# What of the rate of large products a whole step reaches. On a CPU the median of lorakit's arms in
+# C1 to C4, A3 and A4 of `scripts/bench/results/cpu-*.json`, steps of 135 M parameters: 0.36 to 0.72
+# in fp32, 0.54 to 0.61 in bf16, and 0.21 to 0.30 where AMX multiplies so fast that products are the
+# lesser part of a step. On a GPU it is a guess: nothing was measured yet.
+SHARE_FP32, SHARE_BF16, SHARE_AMX, SHARE_GPU = 0.6, 0.57, 0.25, 0.5
 
 
 @dataclass(frozen=True)
@@ -106,15 +108,18 @@ class Rate:
         """Return what a card is expected to reach, None where only its memory is known."""
         if card.flops is None:
             return None
-        source = f"{SHARE_OF_PUBLISHED:.0%} of the {card.name}'s {card.flops / 1e12:g} TFLOP/s"
-        return cls(SHARE_OF_PUBLISHED * card.flops, f"{source} on paper")
+        source = f"{SHARE_GPU:.0%} of the {card.name}'s {card.flops / 1e12:g} TFLOP/s"
+        return cls(SHARE_GPU * card.flops, f"{source} on paper")
 
     @classmethod
     def measured(cls, runtime: Runtime, dtype: torch.dtype) -> "Rate":
         """Time a product on the device of a run."""
-        found = runtime.product_rate(dtype)
-        source = f"{SHARE_OF_MEASURED:.0%} of {found / 1e9:,.0f} GFLOP/s, measured now"
-        return cls(SHARE_OF_MEASURED * found, source)
+        found, share = runtime.product_rate(dtype), SHARE_FP32
+        if runtime.is_gpu:
+            share = SHARE_GPU
+        elif dtype.itemsize < 4:
+            share = SHARE_AMX if has_amx() else SHARE_BF16
+        return cls(share * found, f"{share:.0%} of {found / 1e9:,.0f} GFLOP/s, measured now")
 
 
 def step_flops(shape: Shape, setup: Setup, tokens: float, squares: float) -> float:

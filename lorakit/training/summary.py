@@ -83,7 +83,7 @@ def lines(plan: Plan, rate: Rate | None = None, card: Card | None = None) -> lis
         ("", _split(plan)),
         ("Memory", f"{parts}  = {plan.memory.total / GIB:.2f} GiB (estimate)"),
         ("Fits", f"{fits} {plan.free_bytes / GIB:.1f} GiB"),
-        *([("Host", f"{host_bytes(plan) / GIB:.2f} GiB beside the GPU")] if plan.setup.gpu else []),
+        *([("Host", _host(plan))] if plan.setup.gpu else []),
         ("Disk", _disk(plan)),
         *([("Time", _time(plan, rate))] if rate else []),
         *([("Time", _no_time(card))] if card and not rate else []),
@@ -134,14 +134,25 @@ def seconds(plan: Plan, rate: Rate) -> float:
 
 
 def host_bytes(plan: Plan) -> int:
-    """Return the host memory beside a GPU: libraries, the largest file of weights, what waits."""
+    """Return the host memory that the processes of this machine take together.
+
+    Beside GPUs: libraries and what waits in each, and the largest file of weights, which they all
+    map. The main process merges when the others have ended.
+    """
+    processes = plan.local_processes
     if not plan.setup.gpu:
-        return plan.memory.total
+        return processes * plan.memory.total
     folder = plan.base.folder
     files = [path.stat().st_size for path in folder.glob("*.safetensors")] if folder else []
     whole = plan.shape.parameters * plan.dtype.itemsize
-    waits = max(plan.memory.host, _merge_bytes(plan))
-    return OVERHEAD + max(files, default=min(whole, SHARD)) + waits
+    training = processes * (OVERHEAD + plan.memory.host)
+    return max(files, default=min(whole, SHARD)) + max(training, OVERHEAD + _merge_bytes(plan))
+
+
+def _host(plan: Plan) -> str:
+    several = plan.local_processes > 1
+    gpus = f"{plan.local_processes} GPUs" if several else "the GPU"
+    return f"{host_bytes(plan) / GIB:.2f} GiB beside {gpus}"
 
 
 def _merge_bytes(plan: Plan) -> int:

@@ -10,9 +10,10 @@ import yaml
 from typer.testing import CliRunner
 
 from lorakit.cli.app import app
+from lorakit.errors import BadInput
 from lorakit.model import base, quantized
 from lorakit.runtime import Runtime
-from lorakit.training import fitting, memory
+from lorakit.training import fitting, memory, passports
 from tests.tiny import write_tiny_model, write_wide_model
 
 runner = CliRunner()
@@ -69,6 +70,24 @@ def test_where_the_fitting_recipe_goes_is_checked_before_anything_is_planned(
     ended = runner.invoke(app, ["plan", recipe, "--fit", str(fitted), "--json"])
     assert ended.exit_code == 2, ended.stderr
     assert json.loads(ended.stdout)["error"]["id"] == "output.not-empty"
+
+
+@pytest.mark.parametrize("longer", [0, 1])
+def test_train_says_that_it_reads_large_files(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, longer: int
+) -> None:
+    """Large are the files, which hold fp32 here: loaded in bf16 the base takes half as much."""
+
+    def pinned(*_: Any) -> None:
+        raise BadInput("usage", "far enough")
+
+    size = (tmp_path / "model/model.safetensors").stat().st_size
+    monkeypatch.setattr(train_run, "LARGE", size - longer)
+    monkeypatch.setattr(passports, "pinned", pinned)
+    settings = ["-s", "model.dtype=bf16", "--out", str(tmp_path / "run")]
+    ended = runner.invoke(app, ["train", recipe, *settings])
+    assert "far enough" in ended.stderr
+    assert ("every byte of the base" in ended.stderr) is bool(longer)
 
 
 def test_a_plan_that_does_not_fit_exits_1(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from lorakit.model import base as base_models
 from lorakit.recipe.reader import dump, read
 from lorakit.recipe.sections import Recipe
 from lorakit.runtime import Runtime
-from lorakit.training import passports, summary
+from lorakit.training import memory, passports, summary
 from lorakit.training import plan as plans
 from lorakit.training.checkpoint import Checkpoint, State
 from lorakit.training.folder import RunFolder
@@ -141,6 +141,32 @@ def test_the_counts_of_a_plan_are_those_of_the_adapted_model(
     assert facts["memory"]["total"] == sum(plan.memory.parts.values())
     assert facts["tokens"] == sum(plan.steps.tokens_of(n)[0] for n in range(plan.steps.total))
     assert all(label or text for label, text in summary.lines(plan))
+
+
+def test_the_files_of_a_base_are_read_by_the_main_process_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned(folder)
+    alone = passports.pinned(plan, ALONE)
+    monkeypatch.setattr(Runtime, "from_main", lambda *_: "of the main process")
+    for name in ("weights_sha256", "tokenizer_sha256"):
+        monkeypatch.setattr(base_models.Base, name, "never called")
+    told = passports.pinned(plan, Runtime(ALONE.device, 1, 2))
+    differs = {key for key in alone if alone[key] != told[key]}
+    assert differs == {"base", "tokenizer", "processes"}
+
+
+def test_the_host_holds_what_every_process_of_the_machine_takes(folder: Path) -> None:
+    plan = planned(folder)
+    alone, four = (replace(plan, local_processes=number) for number in (1, 4))
+    assert summary.host_bytes(alone) == plan.memory.total
+    assert summary.host_bytes(four) == 4 * plan.memory.total
+    waiting = replace(plan.setup, gpu=True, optimizer="paged_adamw_32bit")
+    alone, four = (replace(one, setup=waiting) for one in (alone, four))
+    each = memory.OVERHEAD + plan.memory.parts["optimizer"]
+    assert summary.host_bytes(four) - summary.host_bytes(alone) == 3 * each
+    assert "beside the GPU" in dict(summary.lines(alone))["Host"]
+    assert "beside 4 GPUs" in dict(summary.lines(four))["Host"]
 
 
 def test_a_merge_that_cannot_be_is_refused_before_training(folder: Path) -> None:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from lorakit.cli.app import app
 from lorakit.runtime import Runtime
+from lorakit.training import speed
 from lorakit.training.memory import Setup
 from lorakit.training.speed import CARDS, Rate, step_flops
 from tests.tiny import write_tiny_model
@@ -42,6 +43,20 @@ def test_a_rate_says_where_it_comes_from() -> None:
     assert paper is not None
     assert paper.flops < 989e12
     assert "on paper" in paper.source
+
+
+def test_a_step_reaches_less_of_products_that_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Runtime, "product_rate", lambda *_: 1e12)
+    here = Runtime(torch.device("cpu"))
+
+    def share(dtype: torch.dtype, *, amx: bool) -> float:
+        monkeypatch.setattr(speed, "has_amx", lambda: amx)
+        return Rate.measured(here, dtype).flops / 1e12
+
+    assert share(torch.float32, amx=True) == share(torch.float32, amx=False)
+    assert share(torch.bfloat16, amx=True) < 0.5 * share(torch.bfloat16, amx=False)
+    monkeypatch.setattr(Runtime, "is_gpu", True)
+    assert share(torch.bfloat16, amx=True) == speed.SHARE_GPU
 
 
 @pytest.mark.model

@@ -16,10 +16,10 @@ from tests.training.test_loop import ALONE, folder
 __all__ = ["folder"]
 
 
-def test_what_loading_took_is_not_measured_on_a_gpu(
+def test_what_loading_took_is_not_measured(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A GPU whose mark stands at 50 after loading, and at 7 in a step; 2 were in use before."""
+    """A device whose mark stands at 50 after loading, and at 7 in a step; 2 were in use before."""
     marks = [50]
     real = loop.step
 
