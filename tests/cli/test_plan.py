@@ -9,6 +9,7 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
+from lorakit.cli import train_run
 from lorakit.cli.app import app
 from lorakit.errors import BadInput
 from lorakit.model import base, quantized
