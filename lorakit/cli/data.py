@@ -1,6 +1,11 @@
-"""`lorakit data`: look at the rows a recipe trains on, before it trains. Reads no weights."""
+"""`lorakit data`: look at the rows a recipe trains on, before it trains. Reads no weights.
+
+The sets are those of the recipe: `train` and `eval` as training has them, from `data`, and `test`,
+the rows of `eval.data`, which `lorakit eval` measures.
+"""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -24,7 +29,10 @@ WIDEST_BAR = 40
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
-Split = Annotated[Literal["train", "eval"], typer.Option("--split", help="Which set to look at.")]
+Split = Annotated[
+    Literal["train", "eval", "test"],
+    typer.Option("--split", help="Which set to look at; test: the rows of eval.data."),
+]
 
 
 @app.command("preview")
@@ -49,12 +57,16 @@ def data_preview(
 
     loaded, tokenizer, context = _opened(screen, recipe, changes, allow_remote_code)
     section, folder = loaded.data, loaded.origin.folder
+    given = {"eval": ("data.eval", section.eval), "test": ("eval.data", loaded.eval.data)}
+    key, sources = given.get(split, ("data.train", section.train))
+    if not sources:
+        raise usage(f"--split {split}: the recipe has no {key}")
     request = Request.of(
         loaded,
         offline=screen.offline,
         allow_local_code=allow_local_code,
-        eval_sources=loaded.eval.data if split == "eval" else None,
-        only=split,
+        eval_sources=loaded.eval.data if split == "test" else None,
+        only="train" if split == "train" else "eval",
     )
     found = read(request)
     rows = found.train if split == "train" else found.eval
@@ -84,11 +96,14 @@ def data_stats(
     """Count rows and tokens: lengths, share trained, what is dropped, what packing saves."""
     from rich.text import Text
 
-    dataset = _prepared(screen, recipe, changes, allow_local_code, allow_remote_code)
-    screen.notice(*dataset.notices)
-    lines = dataset.report.lines()
+    dataset, test = _prepared(screen, recipe, changes, allow_local_code, allow_remote_code)
+    screen.notice(*dataset.notices, *(test.notices if test else ()))
+    lines, facts = dataset.report.lines(), dataset.report.facts()
+    if test:
+        lines += test.report.lines(held_out="test")
+        facts["test"] = test.report.facts()["eval"]
     lines += _histogram(dataset.train.lengths.tolist())
-    screen.result(Text("\n".join(lines)), dataset.report.facts())
+    screen.result(Text("\n".join(lines)), facts)
 
 
 @app.command("check")
@@ -100,12 +115,17 @@ def data_check(
     allow_local_code: AllowLocalCode = False,
     allow_remote_code: AllowRemoteCode = False,
 ) -> None:
-    """Say no (exit 1) when rows are lost, answers do not end, or train and eval overlap."""
+    """Say no (exit 1) when rows are lost, answers do not end, or train overlaps another set."""
     from rich.text import Text
 
-    dataset = _prepared(screen, recipe, changes, allow_local_code, allow_remote_code)
-    screen.notice(*(notice for notice in dataset.notices if notice.id not in FINDINGS))
-    findings = [notice for notice in dataset.notices if notice.id in FINDINGS]
+    from lorakit.data.prepare import overlapping, shared_rows
+
+    dataset, test = _prepared(screen, recipe, changes, allow_local_code, allow_remote_code)
+    notices = [*dataset.notices, *(test.notices if test else ())]
+    if test and (overlap := shared_rows(dataset.train, test.eval)):
+        notices.append(overlapping("test", overlap, len(test.eval)))
+    screen.notice(*(notice for notice in notices if notice.id not in FINDINGS))
+    findings = [notice for notice in notices if notice.id in FINDINGS]
     lines = [f"no  {notice.id}: {notice.message}" for notice in findings]
     exit = CheckFailed.exit_code if findings else 0
     facts = {"findings": [{"id": one.id, "message": one.message} for one in findings]}
@@ -144,20 +164,20 @@ def _prepared(
     changes: Sequence[str] | None,
     allow_local_code: bool,
     allow_remote_code: bool,
-) -> "Dataset":
+) -> "tuple[Dataset, Dataset | None]":
+    """Return what training reads, and the rows of `eval.data` where the recipe has them."""
     from lorakit.data.cache import prepared
     from lorakit.data.items import Request
     from lorakit.environment import cache_folder
 
     loaded, tokenizer, context = _opened(screen, recipe, changes, allow_remote_code)
-    request = Request.of(
-        loaded,
-        offline=screen.offline,
-        allow_local_code=allow_local_code,
-        eval_sources=loaded.eval.data,
-    )
+    request = Request.of(loaded, offline=screen.offline, allow_local_code=allow_local_code)
     with screen.progress("Reading the data", None) as advance:
-        return prepared(cache_folder(), request, tokenizer, context, advance)
+        dataset = prepared(cache_folder(), request, tokenizer, context, advance)
+        if not loaded.eval.data:
+            return dataset, None
+        request = replace(request, eval_sources=loaded.eval.data, only="eval")
+        return dataset, prepared(cache_folder(), request, tokenizer, context, advance)
 
 
 def _legend(*, color: bool) -> "Text":

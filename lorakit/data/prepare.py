@@ -1,6 +1,6 @@
 """Sources → examples: everything that happens to data before the first batch, counted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from lorakit.data.items import Items, Request, read
 from lorakit.data.kept import Kept
 from lorakit.data.report import Report
 from lorakit.data.template import Renderer
-from lorakit.data.tokens import Encoder, Examples, Prompt
+from lorakit.data.tokens import Encoder, Example, Examples, Prompt
 from lorakit.errors import BadInput, Notice, Place
 from lorakit.recipe.sections import Data
 
@@ -123,6 +123,17 @@ def renderer_of(section: Data, tokenizer: PreTrainedTokenizerBase, folder: Path)
     )
 
 
+def shared_rows(train: Iterable[Example], others: Iterable[Example]) -> int:
+    """Return how many of the other rows have the tokens of a training row."""
+    seen = {example.ids.tobytes() for example in train}
+    return sum(example.ids.tobytes() in seen for example in others)
+
+
+def overlapping(name: str, overlap: int, rows: int) -> Notice:
+    """Say how many rows of a set are in train as well."""
+    return Notice("data.overlap", f"{overlap:,} of {rows:,} {name} rows are in train as well")
+
+
 def _dataset(
     train: Kept,
     held_out: Kept,
@@ -134,12 +145,10 @@ def _dataset(
     ends = {example.last_trained for example in (*train.examples, *held_out.examples)}
     special = {id for id in ends if id in renderer.special.ids}
     stops = frozenset(special | ({eos} if (eos := tokenizer.eos_token_id) is not None else set()))
-    seen = {example.ids.tobytes() for example in train.examples}
-    overlap = sum(example.ids.tobytes() in seen for example in held_out.examples)
+    overlap = shared_rows(train.examples, held_out.examples)
     found = [*notices, *train.notices(stops), *held_out.notices(stops)]
     if overlap:
-        message = f"{overlap:,} of {len(held_out.examples):,} eval rows are in train as well"
-        found.append(Notice("data.overlap", message))
+        found.append(overlapping("eval", overlap, len(held_out.examples)))
     report = Report(train.counts(stops), held_out.counts(stops), overlap, sha256, train.max_length)
     return Dataset(
         Examples.of(train.examples),

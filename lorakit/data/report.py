@@ -104,9 +104,9 @@ class Report:
             "max_length": self.max_length,
         }
 
-    def lines(self) -> list[str]:
-        """Return the report for people, three lines a set."""
-        sets = {"train": self.train, "eval": self.eval}
+    def lines(self, *, held_out: str = "eval") -> list[str]:
+        """Return the report for people, three lines a set; `held_out` is what the second is."""
+        sets = {"train": self.train, held_out: self.eval}
         return [line for name, counts in sets.items() if counts for line in _lines(name, counts)]
 
 

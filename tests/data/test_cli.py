@@ -92,3 +92,26 @@ def test_check(recipe: Path) -> None:
     clean = _run("check", recipe, "--set", "data.eval=null")
     assert clean.exit_code == 0
     assert clean.stdout == "ok  nothing found\n"
+
+
+def test_three_sets_are_what_the_recipe_calls_them(recipe: Path) -> None:
+    """Train and eval as training has them; test is what `lorakit eval` measures."""
+    rows_file(recipe.parent, [*ROWS[:1], ask("another?", "one.")], "test.jsonl")
+    test = ("--set", "eval.data=test.jsonl")
+    held_out = ("--set", "data.eval=0.4")
+    shown = _run("stats", recipe, *test, *held_out).stdout
+    assert "train  2 of 2 rows" in shown
+    assert "eval  1 of 1 rows" in shown
+    assert "test  2 of 2 rows" in shown
+    facts = json.loads(_run("stats", recipe, "--json", *test, *held_out).stdout)
+    assert [facts[name]["rows"] for name in ("train", "eval", "test")] == [2, 1, 2]
+    (sample,) = json.loads(
+        _run("preview", recipe, "--split", "test", "--index", 1, "--json", *test).stdout
+    )["samples"]
+    assert Path(sample["file"]).name == "test.jsonl"
+    found = _run("check", recipe, *test, "--set", "data.eval=null")
+    assert found.stdout == "no  data.overlap: 1 of 2 test rows are in train as well\n"
+    for split, key in (("test", "eval.data"), ("eval", "data.eval")):
+        refused = _run("preview", recipe, "--split", split, "--set", "data.eval=null")
+        assert refused.exit_code == 2
+        assert f"the recipe has no {key}" in refused.stderr
