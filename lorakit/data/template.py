@@ -19,6 +19,7 @@ from lorakit.data.formats import Conversation, Message
 from lorakit.data.sandbox import MAX_SOURCE
 from lorakit.errors import BadInput, Place, one_of
 from lorakit.model.tokenizer import refusals
+from lorakit.recipe.files import given
 from lorakit.storage.disk import storage_errors
 from lorakit.storage.paths import open_regular
 from lorakit.storage.redact import printable
@@ -145,16 +146,17 @@ class Renderer:
         self.special = Special(tokenizer)
         self._tokenizer, self._train_on, self._system = tokenizer, train_on, system
         source = _source(chat_template, tokenizer, folder)
-        own = tokenizer.chat_template if chat_template == "auto" else None
-        self._named = tuple(own) if isinstance(own, dict) and source is None else ()
+        several = tokenizer.chat_template if chat_template == "auto" else None
+        self._named = tuple(several) if isinstance(several, dict) and source is None else ()
         if source is not None and chat_template in TEMPLATES and self.special.bos:
             source = "{{ bos_token }}" + source
         variables = tokenizer.special_tokens_map
+        own = chat_template == "auto"
+        self._place = Place(tokenizer.name_or_path if own else str(folder / chat_template))
         try:
             self.template = None if source is None else ConfinedTemplate(source, variables)
         except BadInput as error:
-            own = chat_template == "auto"
-            error.where = Place(tokenizer.name_or_path if own else str(folder / chat_template))
+            error.where = self._place
             raise
 
     def render(self, conversation: Conversation) -> Rendered:
@@ -181,7 +183,11 @@ class Renderer:
                 help="set data.chat_template: chatml (or plain, alpaca, a .jinja file), "
                 "or use an instruct model",
             )
-        return self._chat(conversation.messages, self.template)
+        try:
+            return self._chat(conversation.messages, self.template)
+        except BadInput as error:  # who calls adds the row, which may not be at fault
+            error.help = error.help or f"the chat template is {printable(str(self._place), 500)}"
+            raise
 
     def _plain(self, messages: Sequence[Message]) -> Rendered:
         """Lay a prompt and its completion, or a text alone, end to end; then the end of text."""
@@ -282,7 +288,7 @@ def _source(chosen: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> st
     if chosen in TEMPLATES:
         return TEMPLATES[chosen]
     if chosen.endswith(".jinja"):
-        return _read(folder / chosen)
+        return _read(given(chosen, folder))
     names = ("auto", "none", *TEMPLATES)
     near = get_close_matches(chosen, names, n=1)
     raise BadInput(

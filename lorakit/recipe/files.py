@@ -101,6 +101,35 @@ def is_local(text: str, folder: Path) -> bool:
     return looks_local or os.path.exists(folder / text)
 
 
+def given(text: str, folder: Path) -> Path:
+    """Return the file of data that a recipe in `folder` names; what is no regular file is refused.
+
+    Raises:
+        BadInput: `data.not-found`, with what a relative path is relative to, or `data.not-a-file`.
+    """
+    path = folder / os.path.expanduser(text)
+    try:
+        open_regular(path, "data").close()
+    except BadInput as error:
+        if error.id == "data.not-found":
+            error.help = "; ".join(filter(None, (misplaced(text), error.help)))
+        raise
+    return path
+
+
+def misplaced(text: str) -> str | None:
+    """Say what a path of a recipe that leads nowhere is relative to, where it is relative.
+
+    Who gives one with `--set` thinks of the working folder.
+    """
+    if os.path.isabs(os.path.expanduser(text)):
+        return None
+    rule = "paths are relative to the folder of the recipe"
+    here = f"$PWD/{os.path.normpath(text)}"
+    exists = os.path.exists(text)
+    return f"{rule}: for the one in the working folder write {printable(here)}" if exists else rule
+
+
 def moved(root: Node, old: Path, new: Path) -> Node:
     """Rewrite the relative local paths of a tree from one folder to another."""
 
