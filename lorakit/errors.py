@@ -93,7 +93,7 @@ class BadInput(LorakitError):
         checkpoint.none checkpoint.changed
         security.pickle security.remote-code security.import security.config security.path
         security.local-code
-        eval.baseline-mismatch eval.no-data eval.not-computed
+        eval.no-baseline eval.baseline-mismatch eval.no-data eval.not-computed
         """.split()
     )
 

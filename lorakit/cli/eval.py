@@ -78,7 +78,8 @@ def eval(
     gates = () if no_gates or base_only else limits(loaded.eval, loaded.origin)
     judged = judge(gates, results.main.metrics, results.base.metrics, known)
     facts |= {"wall_seconds": round(time.monotonic() - started, 1)}
-    report = Report(loaded.origin.name, results, judged, known, facts)
+    compares = baseline is not None
+    report = Report(loaded.origin.name, results, judged, known, facts, compares=compares)
     asked = [(junit, "junit.xml"), (markdown, "summary.md"), (samples, "samples.jsonl")]
     _write(screen, report, subject.run, asked)
     error = verdict(judged)
@@ -149,11 +150,9 @@ def _shown(report: "Report") -> "Group":
     from rich.table import Table
     from rich.text import Text
 
-    from lorakit.evaluation.report import HEADER
-
     table = Table(box=None, pad_edge=False)
-    for name in HEADER:
-        numeric = name in ("adapter", "base", "change", "limit")
+    for name in report.header:
+        numeric = name not in ("metric", "gate", "result")
         table.add_column(name, justify="right" if numeric else "left", no_wrap=True)
     for row in report.table():
         failed = row[-1] == "FAIL"

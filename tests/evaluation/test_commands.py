@@ -87,7 +87,11 @@ def test_a_baseline_is_written_then_compared(run: Any, folder: Path):
     made = run("eval", "relative.yaml", "--baseline", "b.json", "--update-baseline")
     assert made.exit_code == 0, made.output
     assert str(folder) not in (folder / "b.json").read_text()
-    assert run("eval", "relative.yaml", "--baseline", "b.json").exit_code == 0
+    compared = run("eval", "relative.yaml", "--baseline", "b.json")
+    assert compared.exit_code == 0
+    header, loss, *_ = (line.split() for line in compared.stdout.splitlines())
+    assert header[3:6] == ["change", "baseline", "since"]
+    assert (loss[4], loss[5][1:]) == (loss[1], "0.000")
     other_rows = run("eval", "relative.yaml", "--baseline", "b.json", "--limit", "2", "--json")
     assert json.loads(other_rows.stdout)["error"]["id"] == "eval.baseline-mismatch"
 
