@@ -25,7 +25,7 @@ from lorakit.processes import Signalled, end_by, raising_on_signals
 from lorakit.storage.disk import storage_error
 
 RecipeArgument = Annotated[
-    str, typer.Argument(help="A recipe file, or the name of a packaged recipe.")
+    str, typer.Argument(help="A recipe file, the name of a packaged one, or the folder of a run.")
 ]
 SetOption = Annotated[
     list[str] | None,

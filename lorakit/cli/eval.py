@@ -1,5 +1,6 @@
 """`lorakit eval`: an adapter and its base by the recipe's metrics and gates, made for CI."""
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,7 +63,8 @@ def eval(
 
     started = time.monotonic()
     loaded = read_recipe(screen, recipe, changes)
-    place = None if base_only else adapter or loaded.run_folder / "adapter"
+    run = Path(recipe) if os.path.isdir(recipe) else None  # wherever it was moved to
+    place = None if base_only else adapter or run or loaded.run_folder / "adapter"
     subject = opened(screen, loaded, place, allow_remote_code=allow_remote_code)
     task = task_of(screen, loaded, subject, limit, allow_local_code=allow_local_code)
     facts = facts_of(loaded, subject, task, limit)

@@ -11,7 +11,7 @@ from lorakit.errors import BadInput, LorakitError
 from lorakit.model.base import Base, find
 from lorakit.model.local import place
 from lorakit.recipe.reader import read
-from lorakit.recipe.sections import Model, Recipe
+from lorakit.recipe.sections import RESOLVED, Model, Recipe
 from lorakit.storage.redact import printable
 
 
@@ -60,7 +60,7 @@ def recipe_of(saved: Saved) -> Recipe | None:
 
     Nor where somebody has edited it: the adapter's passport speaks for the adapter as well.
     """
-    resolved = saved.folder.parent / "resolved.yaml"
+    resolved = saved.folder.parent / RESOLVED
     if not resolved.is_file():
         return None
     try:

@@ -19,7 +19,7 @@ from lorakit.export.merge import Options, check_output, merge, planned, verdict
 from lorakit.host import GIB
 from lorakit.processes import Signalled, Stop
 from lorakit.recipe.dump import dump
-from lorakit.recipe.sections import Recipe
+from lorakit.recipe.sections import RESOLVED, Recipe
 from lorakit.runtime import Runtime, start
 from lorakit.storage.redact import redact
 from lorakit.training import folder as folders
@@ -213,7 +213,7 @@ def as_begun(plan: Plan, folder: RunFolder) -> Plan:
 def record(plan: Plan, runtime: Runtime, folder: RunFolder) -> None:
     """Write down what the run is, before it starts."""
     folder.write("recipe.yaml", plan.recipe.origin.text)
-    folder.write("resolved.yaml", dump(plan.recipe))
+    folder.write(RESOLVED, dump(plan.recipe))
     folder.write("plan.json", json.dumps(summary.facts(plan), indent=2))
     folder.note(
         command=redact(shlex.join(sys.argv), environment.all_variables()),
@@ -260,7 +260,7 @@ def _next(plan: Plan, folder: RunFolder) -> str:
         return f"lorakit generate {shlex.quote(str(folder.adapter))} 'a prompt'"
     origin = plan.recipe.origin
     changed = any(place.line is None for place in origin.places.values())
-    recipe = folder.path / "resolved.yaml" if changed else origin.path
+    recipe = folder.path / RESOLVED if changed else origin.path
     return f"lorakit eval {shlex.quote(str(recipe))}"
 
 

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from lorakit.errors import BadInput, Place, RecipeError, one_of
+from lorakit.recipe.sections import RESOLVED
 from lorakit.recipe.yaml_nodes import Node
 from lorakit.recipe.yaml_nodes import Path as Keys
 from lorakit.storage.paths import open_regular
@@ -25,13 +26,15 @@ def packaged_recipes() -> dict[str, Path]:
 def locate(name: str | os.PathLike[str], folder: Path | None = None) -> Path:
     """Return the file that a path (relative to `folder`) or a packaged name means.
 
+    The folder of a run, or of its adapter, means the recipe that was carried out.
+
     Raises:
         BadInput: `recipe.not-found`, with the nearest names.
     """
     path = folder / name if folder else Path(name)
     packaged = packaged_recipes()
     if os.path.exists(path):
-        return path
+        return _of_run(path) or path
     if str(name) in packaged:
         return packaged[str(name)]
     try:
@@ -48,6 +51,14 @@ def locate(name: str | os.PathLike[str], folder: Path | None = None) -> Path:
         where=printable(str(path), 500),
         help=help or "`lorakit recipes list` shows the packaged recipes",
     )
+
+
+def _of_run(path: Path) -> Path | None:
+    """Return the recipe that lies in a run's folder, given that or its adapter's."""
+    places = [path]
+    if os.path.isfile(path / "adapter_config.json"):
+        places.append(Path(os.path.normpath(path / os.pardir)))
+    return next((one / RESOLVED for one in places if os.path.isfile(one / RESOLVED)), None)
 
 
 def read_bytes(path: Path) -> bytes:

@@ -28,6 +28,7 @@ from lorakit.errors import Place
 from lorakit.recipe.bounds import read_bound
 
 DEFAULT_METHOD = "lora"
+RESOLVED = "resolved.yaml"  # what a run's folder calls the recipe that was carried out
 
 Metric = Literal["loss", "perplexity", "token_accuracy", "exact_match", "json_valid", "stop_rate"]
 Optimizer = Literal[
@@ -339,6 +340,9 @@ class Origin:
 
     @property
     def name(self) -> str:
+        """What a run of the recipe is called; that of a run's own recipe is the run's name."""
+        if self.path.name == RESOLVED:
+            return self.path.absolute().parent.name
         return self.path.name.removesuffix(self.path.suffix)
 
     @property

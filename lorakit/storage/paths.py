@@ -36,6 +36,7 @@ _REMEDIES = {
     "data.empty": "write rows into it, or name another file in the recipe",
     "data.syntax": "correct this place, or take the row out; keys and texts stand in double quotes",
     "model": "fetch the model again, or name another with model.path",
+    "recipe.not-a-file": "name a .yaml file, a packaged recipe, or the folder of a finished run",
     "tokenizer": "fetch the tokenizer's files again",
 }
 _NOT_FOUND = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
