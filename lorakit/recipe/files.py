@@ -5,12 +5,12 @@ import os
 from pathlib import Path
 
 from lorakit.errors import BadInput, Place, RecipeError, one_of
-from lorakit.recipe.sections import RESOLVED
 from lorakit.recipe.yaml_nodes import Node
 from lorakit.recipe.yaml_nodes import Path as Keys
 from lorakit.storage.paths import open_regular
 from lorakit.storage.redact import printable
 
+RESOLVED = "resolved.yaml"  # what a run's folder calls the recipe that was carried out
 MAX_BYTES = 1 << 20
 LOCAL_ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".gguf", ".jinja")
 

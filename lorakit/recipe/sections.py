@@ -26,9 +26,9 @@ from pydantic_core import PydanticCustomError
 
 from lorakit.errors import Place
 from lorakit.recipe.bounds import read_bound
+from lorakit.recipe.files import RESOLVED
 
 DEFAULT_METHOD = "lora"
-RESOLVED = "resolved.yaml"  # what a run's folder calls the recipe that was carried out
 
 Metric = Literal["loss", "perplexity", "token_accuracy", "exact_match", "json_valid", "stop_rate"]
 Optimizer = Literal[

@@ -222,9 +222,9 @@ CASES = [
     *(Case(f"nothing but an index: {text}", plan(only_index(text)), (), INDEX, "model.bad-index")
       for text in ("", "[]", '{"weight_map": 5}')),
     *(Case(f"a bare name, {command}", lambda _, command=command: [*command, "--offline"],
-           ("no folder absent", "org/name"), "absent", "model.not-found")
-      for command in (["plan", "recipe.yaml", "-s", "model=absent"],
-                      ["merge", "runs/recipe/adapter", "--base", "absent", "--out", "m"])),
+           ("no folder absent", "org/name"), place, "model.not-found")
+      for place, command in (("--set model", ["plan", "recipe.yaml", "-s", "model=absent"]),
+                             ("absent", ["merge", "runs/recipe/adapter", "--base", "absent", "--out", "m"]))),
     *(Case(f"a tokenizer that panics: {name}", plan(tokenizer(**{part: content})), ("tokenizer cannot be read",),
            "model", "tokenizer.missing")
       for name, part, content in (
