@@ -19,7 +19,8 @@ from lorakit.export.merge import Options, check_output, merge, planned, verdict
 from lorakit.host import GIB
 from lorakit.processes import Signalled, Stop
 from lorakit.recipe.dump import dump
-from lorakit.recipe.sections import RESOLVED, Recipe
+from lorakit.recipe.files import RESOLVED
+from lorakit.recipe.sections import Recipe
 from lorakit.runtime import Runtime, start
 from lorakit.storage.redact import redact
 from lorakit.training import folder as folders
