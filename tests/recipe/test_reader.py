@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.errors import BadInput, Place
+from lorakit.errors import BadInput, Place, UnknownMethod
 from lorakit.recipe.files import packaged_recipes
 from lorakit.recipe.reader import read
 from lorakit.recipe.sections import Adapter
@@ -62,7 +62,7 @@ def test_a_methods_settings_arrive_typed(tmp_path: Path) -> None:
 
 def test_an_error_from_the_settings_lands_at_the_method(tmp_path: Path) -> None:
     def refuse(method: str) -> type[Adapter]:
-        raise BadInput("adapter.unknown-method", "no", help="yes")
+        raise UnknownMethod("adapter.unknown-method", "no", help="yes")
 
     (tmp_path / "x.yaml").write_text(MINIMAL + "adapter: {method: x}\n")
     with pytest.raises(BadInput) as caught:
