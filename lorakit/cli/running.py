@@ -3,8 +3,8 @@
 import json
 import shlex
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from lorakit import adapters, environment
 from lorakit.cli.comparing import losses_of
 from lorakit.cli.plan import find_change, will_not_fit
 from lorakit.cli.screen import Screen
-from lorakit.errors import Interrupted, Notice
+from lorakit.errors import BadInput, Interrupted, Notice
 from lorakit.export.card import write_card
 from lorakit.export.merge import Options, check_output, merge, planned, verdict
 from lorakit.host import GIB
@@ -101,7 +101,8 @@ def planned_run(
         if mode in ("resume", "resume-or-start"):
             folders.check_facts(path)
         if recipe.merge.enabled:
-            check_output(Path(recipe.merge.out), [], overwrite=mode != "start")
+            with _of_recipe(recipe):
+                check_output(Path(recipe.merge.out), [], overwrite=mode != "start")
     else:
         screen.quiet = True
     plan = make(recipe, runtime, permissions)
@@ -185,7 +186,9 @@ def merge_run(
     section, saved = plan.recipe.merge, adapters.read(folder.adapter)
     # A merge that stood there before the run was refused then, or may be overwritten.
     options = Options(dtype=section.dtype, overwrite=True, base_weights=section.base_weights)
-    with planned(saved, plan.base, Path(section.out), options) as merging:
+    with ExitStack() as stack:
+        with _of_recipe(plan.recipe):
+            merging = stack.enter_context(planned(saved, plan.base, Path(section.out), options))
         losses = None
         if section.measure:
             losses = losses_of(
@@ -195,6 +198,20 @@ def merge_run(
             report = merge(merging, runtime, advance, losses)
     screen.say(f"Verified  {verdict(report)}")
     return merging.out
+
+
+@contextmanager
+def _of_recipe(recipe: Recipe) -> Iterator[None]:
+    """Say of a folder that cannot be merged into what named it: here it is no option."""
+    try:
+        yield
+    except BadInput as error:
+        if not error.id.startswith("output."):
+            raise
+        message, help = f"merge.out: {error.where}: {error.message}", error.help or ""
+        place = recipe.origin.place("merge", "out")
+        help = help.replace("--out", "merge.out")
+        raise BadInput(error.id, message, where=place, help=help) from None
 
 
 def as_begun(plan: Plan, folder: RunFolder) -> Plan:

@@ -105,6 +105,7 @@ TEXTS: dict[str, tuple[str | bytes, str | None, str, tuple[str, ...]]] = {
     'union, pattern': (MINIMAL + "adapter: {target_modules: 're:'}", ':4:27', 'recipe.bad-choice', ('all-linear', 're:PATTERN')),
     'empty text': (MINIMAL + "output_dir: ''", ':4:13', 'recipe.out-of-range', ('output_dir', 'empty')),
     'list of wrong things': (MINIMAL + "adapter: {target_modules: [q, 3]}", ':4:31', 'recipe.wrong-type', ('adapter.target_modules[1]', 'text', '3')),
+    'one target': (MINIMAL + "adapter: {target_modules: q_prj}", ':4:27', 'recipe.bad-choice', ("a list of one is written ['q_prj']",)),
     'text for a list': (MINIMAL + "eval: {metrics: loss}", ':4:17', 'recipe.wrong-type', ('list', 'loss', "['loss']")),
     'pattern value': (MINIMAL + "adapter: {rank_pattern: {q: 0}}", ':4:29', 'recipe.out-of-range', ('adapter.rank_pattern.q',)),
     'number as text': (MINIMAL + "train: {weight_decay: 1_0}", ':4:23', 'recipe.wrong-type', ('did you mean 10?',)),
