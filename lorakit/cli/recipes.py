@@ -86,8 +86,8 @@ def recipes_copy(
     screen: Screen,
     name: Annotated[str, typer.Argument(help="A packaged recipe.", autocompletion=_names)],
     destination: Annotated[
-        Path | None, typer.Argument(help="A file, or a folder; by default the working folder.")
-    ] = None,
+        str, typer.Argument(help="A file, or a folder (FOLDER/); by default the working folder.")
+    ] = "",
     force: Annotated[bool, typer.Option("--force", help="Replace files.")] = False,
 ) -> None:
     """Copy a packaged recipe, with the files that it names, to edit it."""
@@ -95,8 +95,9 @@ def recipes_copy(
     from lorakit.storage.publish import publish_file
 
     path = files.packaged_recipes().get(name) or files.locate(name)
-    target = destination or Path()
-    target = target / path.name if os.path.isdir(target) else target
+    target = Path(destination)
+    if os.path.isdir(target) or destination.endswith("/"):
+        target /= path.name
     copies = {target: files.read_bytes(path)}
     for local in _local_files(copies[target], path):
         copies[target.parent / local] = (path.parent / local).read_bytes()

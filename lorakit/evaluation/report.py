@@ -101,9 +101,8 @@ class Report:
             name = f"{gate.metric} {gate}"
             case = ElementTree.SubElement(suite, "testcase", classname=self.name, name=name)
             if not one.passed:
-                message = f"{gate.metric} is {shown(one.value)}, {gate} is {shown(one.limit)}"
-                failure = ElementTree.SubElement(case, "failure", message=message)
-                failure.text = "\n".join([message, *self._worst(gate.metric)])
+                failure = ElementTree.SubElement(case, "failure", message=str(one))
+                failure.text = "\n".join([str(one), *self._worst(gate.metric)])
         ElementTree.indent(suite)
         text: bytes = ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True)
         return text

@@ -43,7 +43,8 @@ def locate(name: str | os.PathLike[str], folder: Path | None = None) -> Path:
         beside = []
     beside = [name for name in beside if name != path.name]  # it is there: a link to nowhere
     near = [str(path.with_name(found)) for found in difflib.get_close_matches(path.name, beside)]
-    near += difflib.get_close_matches(path.stem, packaged)
+    near += [found for found in packaged if path.stem and found.startswith(path.stem)]
+    near = list(dict.fromkeys([*near, *difflib.get_close_matches(path.stem, packaged)]))
     help = f"did you mean {one_of(map(printable, near[:3]))}?" if near else None
     raise BadInput(
         "recipe.not-found",

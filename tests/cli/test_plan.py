@@ -71,6 +71,14 @@ def test_where_the_fitting_recipe_goes_is_checked_before_anything_is_planned(
     assert json.loads(ended.stdout)["error"]["id"] == "output.not-empty"
 
 
+def test_a_recipe_that_fits_is_not_written_again(recipe: str, tmp_path: Path) -> None:
+    fitted = tmp_path / "fitted.yaml"
+    ended = runner.invoke(app, ["plan", recipe, "--fit", str(fitted)])
+    assert ended.exit_code == 0, ended.stderr
+    assert "the recipe fits as it is, nothing needs to change" in ended.stderr
+    assert not fitted.exists()
+
+
 def test_a_plan_that_does_not_fit_exits_1(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Runtime, "free_bytes", lambda _: 1000)
     ended = runner.invoke(app, ["plan", recipe])

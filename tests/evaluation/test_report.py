@@ -97,7 +97,7 @@ def test_junit_parses_and_holds_the_worst_rows():
     failure = loss.find("failure")
     assert failure is not None
     assert failure.text is not None
-    assert failure.attrib["message"] == "loss is 1.500, max 1 is 1.000"
+    assert failure.attrib["message"] == "loss is 1.500, its gate is max 1"
     assert failure.text.splitlines()[1:] == [f"worst row: eval.jsonl:{n}" for n in (4, 3, 2)]
     failure = too_high.find("failure")
     assert failure is not None

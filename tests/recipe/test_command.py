@@ -58,6 +58,10 @@ def test_show_what_is_not_there() -> None:
     assert "quickstart" in done.stderr
 
 
+def test_the_beginning_of_a_name_is_enough_for_a_suggestion() -> None:
+    assert "did you mean gsm8k-smollm2?" in run("show", "gsm8k", exit=2).stderr
+
+
 def test_copy_brings_the_files_that_the_recipe_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,6 +90,8 @@ def test_copy_never_replaces_what_it_was_not_asked_to(tmp_path: Path) -> None:
 def test_copy_into_a_folder(tmp_path: Path) -> None:
     run("copy", "llama7b-qv", str(tmp_path))
     assert (tmp_path / "llama7b-qv.yaml").is_file()
+    run("copy", "llama7b-qv", f"{tmp_path}/sub/new/")
+    assert (tmp_path / "sub" / "new" / "llama7b-qv.yaml").is_file()
 
 
 @pytest.mark.slow  # imports the methods, and with them torch
