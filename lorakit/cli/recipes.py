@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorakit import environment
+from lorakit.cli import completing
 from lorakit.cli.command import command
 from lorakit.cli.screen import Screen
 from lorakit.errors import BadInput, RecipeError
@@ -24,14 +25,9 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 
-def _names(typed: str) -> list[str]:
-    from lorakit.recipe import files
-
-    return [name for name in files.packaged_recipes() if name.startswith(typed)]
-
-
 Name = Annotated[
-    str, typer.Argument(help="A packaged recipe, or a recipe file.", autocompletion=_names)
+    str,
+    typer.Argument(help="A packaged recipe, or a recipe file.", autocompletion=completing.recipes),
 ]
 
 
@@ -84,7 +80,9 @@ def recipes_show(
 @command
 def recipes_copy(
     screen: Screen,
-    name: Annotated[str, typer.Argument(help="A packaged recipe.", autocompletion=_names)],
+    name: Annotated[
+        str, typer.Argument(help="A packaged recipe.", autocompletion=completing.names)
+    ],
     destination: Annotated[
         str, typer.Argument(help="A file, or a folder (FOLDER/); by default the working folder.")
     ] = "",
