@@ -123,8 +123,8 @@ def given(text: str, folder: Path) -> Path:
     try:
         open_regular(path, "data").close()
     except BadInput as error:
-        if error.id == "data.not-found":
-            error.help = "; ".join(filter(None, (misplaced(text), error.help)))
+        if error.id == "data.not-found" and (said := misplaced(text)):
+            error.help = said if os.path.exists(text) else f"{said}; {error.help}"
         raise
     return path
 

@@ -165,12 +165,12 @@ def setting_template(value: Any) -> Spoil:
 
 
 CASES = [
-    Case("M01 folder", recipe("model: ./absent"), ("folder ./absent",), "./absent"),
+    Case("M01 folder", recipe("model: ./absent"), ("folder ./absent",), "recipe.yaml:1:8"),
     Case("M01 below a folder", recipe("model: model/absent"), ("folder model/absent",),
-         "model/absent"),
+         "recipe.yaml:1:8"),
     Case("M01 absolute", recipe("model: /nowhere/absent"), ("folder /nowhere/absent",),
-         "/nowhere/absent"),
-    Case("M01 .gguf", recipe("model: absent.gguf"), ("file absent.gguf",), "absent.gguf"),
+         "recipe.yaml:1:8"),
+    Case("M01 .gguf", recipe("model: absent.gguf"), ("file absent.gguf",), "recipe.yaml:1:8"),
     Case("M01 config.json", plan(lambda w: w.path("model/config.json").unlink()), ("model",),
          "model"),
     Case("M02", config(model_type="lllama"), ("model_type 'lllama'", transformers.__version__),

@@ -207,7 +207,7 @@ def test_a_path_is_relative_to_the_recipe_and_the_help_says_so(
     _write(working, "a.jsonl")
     with pytest.raises(BadInput) as caught:
         _load(recipes, "./a.jsonl")
-    assert f"{rule}: for the one in the working folder write $PWD/a.jsonl" in str(caught.value.help)
+    assert caught.value.help == f"{rule}: for the one in the working folder write $PWD/a.jsonl"
     with pytest.raises(BadInput) as caught:
         _load(recipes, str(working / "b.jsonl"))
     assert rule not in str(caught.value.help)
