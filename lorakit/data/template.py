@@ -5,6 +5,7 @@ generation prompt, and the conversation through the answer, must both begin what
 to. So the mask follows whatever the template does, and never looks at token ids.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -152,7 +153,8 @@ class Renderer:
             source = "{{ bos_token }}" + source
         variables = tokenizer.special_tokens_map
         own = chat_template == "auto"
-        self._place = Place(tokenizer.name_or_path if own else str(folder / chat_template))
+        file = folder / os.path.expanduser(chat_template)
+        self._place = Place(tokenizer.name_or_path if own else str(file))
         try:
             self.template = None if source is None else ConfinedTemplate(source, variables)
         except BadInput as error:
