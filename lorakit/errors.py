@@ -3,7 +3,8 @@
     LorakitError
     ├── CheckFailed        1   a check said no: a gate missed, a merge that does not verify
     ├── BadInput           2   wrong usage, recipe, data, template, model or adapter settings
-    │   └── RecipeError        every problem of one recipe at once, sorted by line
+    │   ├── RecipeError        every problem of one recipe at once, sorted by line
+    │   └── UnknownMethod      an adapter method that there is not
     ├── RunFailed          3   the run failed: damaged bytes, not finite, disk full, lock held
     ├── EnvironmentLacks   4   an extra, the network, a dtype or a device is missing
     └── Interrupted       75   stopped by a signal after a checkpoint was written
@@ -93,7 +94,7 @@ class BadInput(LorakitError):
         checkpoint.none checkpoint.changed
         security.pickle security.remote-code security.import security.config security.path
         security.local-code
-        eval.baseline-mismatch eval.no-data eval.not-computed
+        eval.no-baseline eval.baseline-mismatch eval.no-data eval.not-computed
         """.split()
     )
 
@@ -107,6 +108,14 @@ class RecipeError(BadInput):
         )
         first = self.problems[0]
         super().__init__(first.id, first.message, where=first.where, help=first.help)
+
+
+class UnknownMethod(BadInput):
+    """There is no adapter method of this name; `meant` is the one that was probably meant."""
+
+    def __init__(self, id: str, message: str, *, help: str, meant: str | None = None) -> None:
+        super().__init__(id, message, help=help)
+        self.meant = meant
 
 
 class RunFailed(LorakitError):

@@ -16,6 +16,24 @@ recipe's first line `# yaml-language-server: $schema=lorakit.schema.json`.
 
 """
 
+FORMAT = """
+# Rows of another kind
+
+Rows that no format reads, such as labels that are numbers, become text in a function of yours.
+This one is `labels.py` in the working folder, the recipe says `data.format: labels:as_text`, and
+`--allow-local-code` lets it run:
+
+```python
+LABELS = ("negative", "positive")
+
+
+def as_text(row):
+    return {"prompt": row["review"], "completion": LABELS[row["label"]]}
+```
+
+It returns a row of one of lorakit's formats: `prompt` and `completion`, or `messages`, or `text`.
+"""
+
 METHODS = """
 # Methods
 
@@ -27,5 +45,5 @@ What `adapter.method` may be; `lorakit methods NAME` shows one with its settings
 
 if __name__ == "__main__":
     rows = (f"| `{name}` | {adapters.summary(name)} |\n" for name in adapters.names())
-    page = HEAD + reference.table(schema.shipped()) + METHODS + "".join(rows)
+    page = HEAD + reference.table(schema.shipped()) + FORMAT + METHODS + "".join(rows)
     sys.exit(write_or_check(ROOT / "recipes/REFERENCE.md", page))

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.errors import BadInput, one_of
+from lorakit.errors import UnknownMethod, one_of
 
 if TYPE_CHECKING:
     from lorakit.adapters._attach import attach, attach_layers, set_training, switched_off
@@ -105,14 +105,15 @@ def get(name: str) -> "type[Method]":
     """Return a method by its name.
 
     Raises:
-        BadInput: `adapter.unknown-method`, with the nearest name.
+        UnknownMethod: with the nearest name.
     """
     if name not in names():
         meant = {other.lower(): known for known in names() for other in (known, *_foreign(known))}
-        near = difflib.get_close_matches(name.lower(), meant, n=1)
-        hint = f"did you mean '{meant[near[0]]}'? " if near else ""
+        near = [meant[one] for one in difflib.get_close_matches(name.lower(), meant, n=1)]
+        hint = f"did you mean '{near[0]}'? " if near else ""
         help = f"{hint}the methods are {one_of(names())}"
-        raise BadInput("adapter.unknown-method", f"there is no method '{name}'", help=help)
+        message, best = f"there is no method '{name}'", next(iter(near), None)
+        raise UnknownMethod("adapter.unknown-method", message, help=help, meant=best)
     module = import_module(f"{__name__}.{name}")
     method = import_module(f"{__name__}._method").Method
     members = [m for m in vars(module).values() if isinstance(m, type) and issubclass(m, method)]
@@ -124,7 +125,7 @@ def settings_for(name: str) -> "type[MethodSettings]":
     """Return the schema of a method's settings: the recipe's adapter section.
 
     Raises:
-        BadInput: `adapter.unknown-method`, with the nearest name.
+        UnknownMethod: with the nearest name.
     """
     return get(name).Settings
 

@@ -7,9 +7,10 @@ from typing import Any
 from lorakit import adapters, environment
 from lorakit.adapters import Saved
 from lorakit.cli.screen import Screen
-from lorakit.errors import BadInput, LorakitError
+from lorakit.errors import BadInput, LorakitError, Place
 from lorakit.model.base import Base, find
 from lorakit.model.local import place
+from lorakit.recipe.files import RESOLVED
 from lorakit.recipe.reader import read
 from lorakit.recipe.sections import Model, Recipe
 from lorakit.storage.redact import printable
@@ -46,13 +47,18 @@ def find_base(screen: Screen, saved: Saved, named: str | None, *, allow_remote_c
         revision=None if here or named else on_hub,
         trust_remote_code=allow_remote_code,
     )
-    return find(
-        section,
-        Path(),
-        offline=screen.offline,
-        allow_remote_code=allow_remote_code,
-        cache=environment.cache_folder(),
-    )
+    try:
+        return find(
+            section,
+            Path(),
+            offline=screen.offline,
+            allow_remote_code=allow_remote_code,
+            cache=environment.cache_folder(),
+        )
+    except BadInput as error:
+        if error.id == "model.not-found" and not error.where:
+            error.where = Place(printable(path, 500))
+        raise
 
 
 def recipe_of(saved: Saved) -> Recipe | None:
@@ -60,7 +66,7 @@ def recipe_of(saved: Saved) -> Recipe | None:
 
     Nor where somebody has edited it: the adapter's passport speaks for the adapter as well.
     """
-    resolved = saved.folder.parent / "resolved.yaml"
+    resolved = saved.folder.parent / RESOLVED
     if not resolved.is_file():
         return None
     try:

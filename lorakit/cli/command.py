@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from lorakit import environment
+from lorakit.cli import completing
 from lorakit.cli.screen import Color, Screen
 from lorakit.cli.streams import silence
 from lorakit.errors import BUG_EXIT_CODE, LorakitError
@@ -25,12 +26,27 @@ from lorakit.processes import Signalled, end_by, raising_on_signals
 from lorakit.storage.disk import storage_error
 
 RecipeArgument = Annotated[
-    str, typer.Argument(help="A recipe file, or the name of a packaged recipe.")
+    str,
+    typer.Argument(
+        help="A recipe file, the name of a packaged one, or the folder of a run.",
+        autocompletion=completing.recipes,
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", "-s", metavar="KEY=VALUE", help="Change one key of the recipe; repeatable."
+        "--set",
+        "-s",
+        metavar="KEY=VALUE",
+        help="Change one key of the recipe; repeatable.",
+        autocompletion=completing.keys,
+    ),
+]
+AdapterArgument = Annotated[
+    Path,
+    typer.Argument(
+        help="An adapter's folder, or a run's.",
+        autocompletion=completing.adapters,
     ),
 ]
 AllowRemoteCode = Annotated[

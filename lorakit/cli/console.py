@@ -20,6 +20,7 @@ class Console(rich.console.Console):
             no_color=plain,
             force_terminal=True if forced else None,
             color_system=None if plain else "auto",
+            markup=False,  # `lorakit[eval]` is text, not a style
             emoji=False,
             highlight=False,
             width=None if stream.isatty() else WIDE,

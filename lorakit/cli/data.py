@@ -128,8 +128,9 @@ def data_check(
     findings = [notice for notice in notices if notice.id in FINDINGS]
     lines = [f"no  {notice.id}: {notice.message}" for notice in findings]
     exit = CheckFailed.exit_code if findings else 0
+    said = "with the warnings above" if screen.notices else "nothing found"
     facts = {"findings": [{"id": one.id, "message": one.message} for one in findings]}
-    screen.result(Text("\n".join(lines) or "ok  nothing found"), facts, exit=exit)
+    screen.result(Text("\n".join(lines) or f"ok  {said}"), facts, exit=exit)
     if exit:
         if screen.json:
             raise typer.Exit(exit)

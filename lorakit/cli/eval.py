@@ -1,5 +1,6 @@
 """`lorakit eval`: an adapter and its base by the recipe's metrics and gates, made for CI."""
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,7 +65,8 @@ def eval(
     started = time.monotonic()
     loaded = read_recipe(screen, recipe, changes)
     screen.notice(*without_effect(loaded))
-    place = None if base_only else adapter or loaded.run_folder / "adapter"
+    run = Path(recipe) if os.path.isdir(recipe) else None  # wherever it was moved to
+    place = None if base_only else adapter or run or loaded.run_folder / "adapter"
     subject = opened(screen, loaded, place, allow_remote_code=allow_remote_code)
     task = task_of(screen, loaded, subject, limit, allow_local_code=allow_local_code)
     facts = facts_of(loaded, subject, task, limit)
@@ -80,7 +82,8 @@ def eval(
     gates = () if no_gates or base_only else limits(loaded.eval, loaded.origin)
     judged = judge(gates, results.main.metrics, results.base.metrics, known)
     facts |= {"wall_seconds": round(time.monotonic() - started, 1)}
-    report = Report(loaded.origin.name, results, judged, known, facts)
+    compares = baseline is not None
+    report = Report(loaded.origin.name, results, judged, known, facts, compares=compares)
     asked = [(junit, "junit.xml"), (markdown, "summary.md"), (samples, "samples.jsonl")]
     _write(screen, report, subject.run, asked)
     error = verdict(judged)
@@ -151,11 +154,9 @@ def _shown(report: "Report") -> "Group":
     from rich.table import Table
     from rich.text import Text
 
-    from lorakit.evaluation.report import HEADER
-
     table = Table(box=None, pad_edge=False)
-    for name in HEADER:
-        numeric = name in ("adapter", "base", "change", "limit")
+    for name in report.header:
+        numeric = name not in ("metric", "gate", "result")
         table.add_column(name, justify="right" if numeric else "left", no_wrap=True)
     for row in report.table():
         failed = row[-1] == "FAIL"

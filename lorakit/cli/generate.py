@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorakit.cli.command import AllowRemoteCode, command
+from lorakit.cli.command import AdapterArgument, AllowRemoteCode, command
 from lorakit.cli.merge import BaseOption
 from lorakit.cli.screen import Screen, usage
 from lorakit.cli.streams import write_result
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @command
 def generate(
     screen: Screen,
-    adapter: Annotated[Path, typer.Argument(help="An adapter's folder, or a run's.")],
+    adapter: AdapterArgument,
     prompt: Annotated[str | None, typer.Argument(help="The prompt; - reads it from stdin.")] = None,
     prompt_file: Annotated[
         Path | None,

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lorakit.cli.command import AllowLocalCode, AllowRemoteCode, command
+from lorakit.cli.command import AdapterArgument, AllowLocalCode, AllowRemoteCode, command
 from lorakit.cli.screen import Screen, usage
 from lorakit.host import GIB
 
@@ -29,7 +29,7 @@ BaseOption = Annotated[
 @command
 def merge(
     screen: Screen,
-    adapter: Annotated[Path, typer.Argument(help="An adapter's folder, or a run's.")],
+    adapter: AdapterArgument,
     out: Annotated[Path, typer.Option("--out", help="Where the merged model goes.")],
     base: BaseOption = None,
     dtype: Annotated[

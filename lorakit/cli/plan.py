@@ -69,8 +69,10 @@ def plan(
     if change:
         facts["change"] = change.keys
         lines.append(("Change", f"{change.options}  = {summary.gib(change.memory)}"))
-    if fit and (change or error is None):
-        screen.say(f"wrote {write_fitting(fit, plan_with(change.overrides if change else []))}")
+    if fit and change:
+        screen.say(f"wrote {write_fitting(fit, plan_with(change.overrides))}")
+    elif fit and error is None:
+        screen.say(f"{fit} is not written: the recipe fits as it is, nothing needs to change")
     code = error.exit_code if error else 0
     facts |= {"error": screen.described(error)} if error else {}
     screen.result("\n".join(f"{label:9} {text}" for label, text in lines), facts, exit=code)

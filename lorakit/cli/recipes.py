@@ -5,31 +5,29 @@ shipped schema.
 """
 
 import os
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lorakit import environment
+from lorakit.cli import completing
 from lorakit.cli.command import command
 from lorakit.cli.screen import Screen
 from lorakit.errors import BadInput, RecipeError
 
 if TYPE_CHECKING:
     from lorakit.recipe.reader import Foreign, Settings
-    from lorakit.recipe.sections import Recipe
+    from lorakit.recipe.sections import Recipe, Source
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 
-def _names(typed: str) -> list[str]:
-    from lorakit.recipe import files
-
-    return [name for name in files.packaged_recipes() if name.startswith(typed)]
-
-
 Name = Annotated[
-    str, typer.Argument(help="A packaged recipe, or a recipe file.", autocompletion=_names)
+    str,
+    typer.Argument(help="A packaged recipe, or a recipe file.", autocompletion=completing.recipes),
 ]
 
 
@@ -82,10 +80,12 @@ def recipes_show(
 @command
 def recipes_copy(
     screen: Screen,
-    name: Annotated[str, typer.Argument(help="A packaged recipe.", autocompletion=_names)],
+    name: Annotated[
+        str, typer.Argument(help="A packaged recipe.", autocompletion=completing.names)
+    ],
     destination: Annotated[
-        Path | None, typer.Argument(help="A file, or a folder; by default the working folder.")
-    ] = None,
+        str, typer.Argument(help="A file, or a folder (FOLDER/); by default the working folder.")
+    ] = "",
     force: Annotated[bool, typer.Option("--force", help="Replace files.")] = False,
 ) -> None:
     """Copy a packaged recipe, with the files that it names, to edit it."""
@@ -93,8 +93,9 @@ def recipes_copy(
     from lorakit.storage.publish import publish_file
 
     path = files.packaged_recipes().get(name) or files.locate(name)
-    target = destination or Path()
-    target = target / path.name if os.path.isdir(target) else target
+    target = Path(destination)
+    if os.path.isdir(target) or destination.endswith("/"):
+        target /= path.name
     copies = {target: files.read_bytes(path)}
     for local in _local_files(copies[target], path):
         copies[target.parent / local] = (path.parent / local).read_bytes()
@@ -114,19 +115,20 @@ def recipes_copy(
 def recipes_validate(
     screen: Screen, recipes: Annotated[list[str], typer.Argument(help="Recipe files or names.")]
 ) -> None:
-    """Check recipes and report every problem of all of them."""
+    """Check recipes and the files that they name, and report every problem of all of them."""
     from lorakit import adapters
 
     problems: list[BadInput] = []
     for name in recipes:
         try:
-            _read(name, adapters.settings_for, adapters.foreign)
+            found = list(_absent(_read(name, adapters.settings_for, adapters.foreign)))
         except RecipeError as error:
-            problems += error.problems
+            found = list(error.problems)
         except BadInput as error:
-            problems.append(error)
-        else:
+            found = [error]
+        if not found:
             screen.say(f"{name}: valid")
+        problems += found
     if problems:
         raise RecipeError(problems)
     screen.result(f"{len(recipes)} valid", {"recipes": recipes})
@@ -157,6 +159,45 @@ def _read(name: str, settings_for: "Settings", foreign: "Foreign" = dict) -> "Re
     from lorakit.recipe.reader import read
 
     return read(name, settings_for, environ=environment.all_variables(), foreign=foreign)
+
+
+def _absent(recipe: "Recipe") -> Iterator[BadInput]:
+    """Yield a problem for each file that a recipe names and that is not there, at its line.
+
+    What may be the id of a model or a data set is not looked for on the hub.
+    """
+    from lorakit.data.source import check_found
+    from lorakit.model.local import check
+    from lorakit.recipe import files
+    from lorakit.recipe.yaml_nodes import Path as Keys
+    from lorakit.recipe.yaml_nodes import dotted
+
+    folder, cache = recipe.origin.folder, environment.cache_folder()
+    checks: list[tuple[Keys, Callable[[], object]]] = [
+        (("model", "path"), partial(check, recipe.model.path, folder, cache))
+    ]
+    if recipe.data.chat_template.endswith(".jinja"):
+        template = partial(files.given, recipe.data.chat_template, folder)
+        checks.append((("data", "chat_template"), template))
+    held_out = () if isinstance(recipe.data.eval, float) else recipe.data.eval
+    sources: dict[Keys, tuple[Source, ...] | None] = {
+        ("data", "train"): recipe.data.train,
+        ("data", "eval"): held_out,
+        ("eval", "data"): recipe.eval.data,
+    }
+    for key, several in sources.items():
+        for at, source in enumerate(several or ()):
+            ways = ((*key, at, "path"), (*key, at), (*key, "path"))  # to write a source
+            written = next((way for way in ways if way in recipe.origin.places), key)
+            checks.append((written, partial(check_found, source, folder)))
+    for path, look in checks:
+        try:
+            look()
+        except BadInput as error:
+            place = f": {error.where}" if error.where else ""
+            message = f"{dotted(path)}: {error.message}{place}"
+            where = recipe.origin.place(*path)
+            yield BadInput(error.id, message, where=where, help=error.help)
 
 
 def _columns(rows: list[dict[str, str]]) -> list[str]:

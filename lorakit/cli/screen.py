@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 Color = Literal["auto", "always", "never"]
 
+# Errors about what a key of the recipe names, raised where no recipe is known.
+_NAMED = {"model.not-found": ("model", "path")}
+
 
 class Screen:
     """Where a command writes: the result on stdout, everything else on stderr."""
@@ -156,7 +159,9 @@ class Screen:
         problems = error.problems if isinstance(error, RecipeError) else (error,)
         for problem in problems:
             if self.recipe and not problem.where:
-                problem.where = self.recipe.place_of(problem.message)
+                found = self.recipe.place_of(problem.message)
+                named = _NAMED.get(problem.id)
+                problem.where = found or (self.recipe.origin.place(*named) if named else None)
             if isinstance(error, RecipeError):
                 text = _visible(f"{problem.where}: {problem.message}")
                 text += f"; {_visible(problem.help)}" if problem.help else ""

@@ -3,8 +3,8 @@
 import json
 import shlex
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ from lorakit import adapters, environment
 from lorakit.cli.merge_losses import losses_of
 from lorakit.cli.plan import find_change, will_not_fit
 from lorakit.cli.screen import Screen
-from lorakit.errors import Interrupted, Notice
+from lorakit.errors import BadInput, Interrupted, Notice
 from lorakit.export import merge as merging
 from lorakit.export.card import write_card
 from lorakit.host import GIB
 from lorakit.processes import Signalled, Stop
 from lorakit.recipe.dump import dump
+from lorakit.recipe.files import RESOLVED
 from lorakit.recipe.sections import Recipe
 from lorakit.runtime import Runtime, start
 from lorakit.storage.redact import redact
@@ -100,7 +101,8 @@ def plan_run(
         if mode in ("resume", "resume-or-start"):
             folders.check_facts(path)
         if recipe.merge.enabled:
-            merging.check_output(Path(recipe.merge.out), [], overwrite=mode != "start")
+            with _of_recipe(recipe):
+                merging.check_output(Path(recipe.merge.out), [], overwrite=mode != "start")
     else:
         screen.quiet = True
     plan = make(recipe, runtime, permissions)
@@ -186,7 +188,11 @@ def merge_run(
     options = merging.Options(
         dtype=section.dtype, overwrite=True, base_weights=section.base_weights
     )
-    with merging.planned(saved, plan.base, Path(section.out), options) as merge_plan:
+    with ExitStack() as stack:
+        with _of_recipe(plan.recipe):
+            merge_plan = stack.enter_context(
+                merging.planned(saved, plan.base, Path(section.out), options)
+            )
         losses = None
         if section.measure:
             losses = losses_of(
@@ -196,6 +202,20 @@ def merge_run(
             report = merging.merge(merge_plan, runtime, advance, losses)
     screen.say(f"Verified  {merging.verdict(report)}")
     return merge_plan.out
+
+
+@contextmanager
+def _of_recipe(recipe: Recipe) -> Iterator[None]:
+    """Say of a folder that cannot be merged into what named it: here it is no option."""
+    try:
+        yield
+    except BadInput as error:
+        if not error.id.startswith("output."):
+            raise
+        message, help = f"merge.out: {error.where}: {error.message}", error.help or ""
+        place = recipe.origin.place("merge", "out")
+        help = help.replace("--out", "merge.out")
+        raise BadInput(error.id, message, where=place, help=help) from None
 
 
 def as_begun(plan: Plan, folder: RunFolder) -> Plan:
@@ -215,7 +235,7 @@ def as_begun(plan: Plan, folder: RunFolder) -> Plan:
 def record(plan: Plan, runtime: Runtime, folder: RunFolder) -> None:
     """Write down what the run is, before it starts."""
     folder.write("recipe.yaml", plan.recipe.origin.text)
-    folder.write("resolved.yaml", dump(plan.recipe))
+    folder.write(RESOLVED, dump(plan.recipe))
     folder.write("plan.json", json.dumps(summary.facts(plan), indent=2))
     folder.note(
         command=redact(shlex.join(sys.argv), environment.all_variables()),
@@ -262,7 +282,7 @@ def _next(plan: Plan, folder: RunFolder) -> str:
         return f"lorakit generate {shlex.quote(str(folder.adapter))} 'a prompt'"
     origin = plan.recipe.origin
     changed = any(place.line is None for place in origin.places.values())
-    recipe = folder.path / "resolved.yaml" if changed else origin.path
+    recipe = folder.path / RESOLVED if changed else origin.path
     return f"lorakit eval {shlex.quote(str(recipe))}"
 
 

@@ -15,6 +15,10 @@ from lorakit.storage.redact import printable
 ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ROLES}
 
+_NO_TEXT = (
+    "write it as text, or data.format: module:function with --allow-local-code; "
+    "recipes/REFERENCE.md shows one"
+)
 _TYPES = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
 # Columns that people use for these fields: what the hint of `data.missing-column` proposes.
 _USUAL = {
@@ -234,7 +238,8 @@ def _text(row: Mapping[str, Any], field: str, within: str = "") -> str:
     if value is None:
         raise BadInput("data.null", f"`{name}` is null; text expected")
     if not isinstance(value, str):
-        raise BadInput("data.wrong-type", f"`{name}` is {type_name(value)}; text expected")
+        message = f"`{name}` is {type_name(value)}; text expected"
+        raise BadInput("data.wrong-type", message, help=_NO_TEXT)
     return value
 
 

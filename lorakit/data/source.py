@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import BadInput, EnvironmentLacks, Place, one_of
+from lorakit.recipe import files
 from lorakit.recipe.sections import Source
 from lorakit.storage import strict_json
 from lorakit.storage.disk import storage_errors
 from lorakit.storage.hashing import sha256_file
-from lorakit.storage.paths import open_regular
+from lorakit.storage.paths import file_error, open_regular
 from lorakit.storage.redact import printable
 from lorakit.storage.text import MAX_BYTES
 
@@ -64,18 +65,19 @@ def load(source: Source, number: int, *, folder: Path, offline: bool) -> Loaded:
         BadInput: when the file is missing, of another kind, or has a row that cannot be read.
         EnvironmentLacks: `env.offline` for a hub id without network.
     """
-    path = folder / os.path.expanduser(source.path)
+    path = Path(source.path)
     on_hub = _is_hub_id(source.path, folder)
     if on_hub:
         rows = list(enumerate(_from_hub(source, offline), 1))
     else:
-        found = list(islice(_reader(path)(path), _needed(source)))
+        path, reader = _file(source, folder)
+        found = list(islice(reader(path), _needed(source)))
         rows = found[_slice(source, len(found))]
         if found and not rows:
             message = f"the split {source.split} leaves none of {len(found):,} rows"
             raise BadInput("data.empty", message, where=str(path))
     if not rows:
-        raise BadInput("data.empty", "the file is empty: it has no rows", where=str(path))
+        raise file_error("data", "empty", "the file is empty: it has no rows", where=str(path))
     taken = rows[: source.max_samples]
     name = source.path if on_hub else str(path)
     return Loaded(source, tuple(Row(value, Place(name, line), number) for line, value in taken))
@@ -91,8 +93,7 @@ def digest(source: Source, *, folder: Path, offline: bool) -> tuple[str, str]:
         LorakitError: as `load` does, but for what a file holds.
     """
     if not _is_hub_id(source.path, folder):
-        path = folder / os.path.expanduser(source.path)
-        _reader(path)  # a pipe would never end
+        path, _ = _file(source, folder)  # a pipe would never end
         return source.path, sha256_file(path)
     table = _from_hub(source, offline).with_format("arrow")[:]
     found = hashlib.sha256(table.schema.serialize())
@@ -108,7 +109,7 @@ def check_found(source: Source, folder: Path) -> None:
         BadInput: as `load` does.
     """
     if not _is_hub_id(source.path, folder):
-        _reader(folder / os.path.expanduser(source.path))
+        _file(source, folder)
 
 
 def _is_hub_id(path: str, folder: Path) -> bool:
@@ -118,9 +119,9 @@ def _is_hub_id(path: str, folder: Path) -> bool:
     return not found and not like_a_file and bool(_HUB_ID.fullmatch(path))
 
 
-def _reader(path: Path) -> Callable[[Path], Iterator[Numbered]]:
-    """Choose by the name's ending; what is no regular file is refused before it is opened."""
-    open_regular(path, "data").close()
+def _file(source: Source, folder: Path) -> tuple[Path, Callable[[Path], Iterator[Numbered]]]:
+    """Return the file of a source and its reader, which the name's ending chooses."""
+    path = files.given(source.path, folder)
     ending = path.suffix.lower()
     if ending in _PACKED:
         raise BadInput(
@@ -136,7 +137,7 @@ def _reader(path: Path) -> Callable[[Path], Iterator[Numbered]]:
             f"found '{printable(path.name)}'",
             where=str(path),
         )
-    return _READERS[ending]
+    return path, _READERS[ending]
 
 
 def _jsonl(path: Path) -> Iterator[Numbered]:

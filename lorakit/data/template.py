@@ -20,6 +20,7 @@ from lorakit.data.formats import Conversation, Message
 from lorakit.data.sandbox import MAX_SOURCE
 from lorakit.errors import BadInput, Place, one_of
 from lorakit.model.tokenizer import refusals
+from lorakit.recipe.files import given
 from lorakit.storage.disk import storage_errors
 from lorakit.storage.paths import open_regular
 from lorakit.storage.redact import printable
@@ -146,17 +147,18 @@ class Renderer:
         self.special = Special(tokenizer)
         self._tokenizer, self._train_on, self._system = tokenizer, train_on, system
         source = _source(chat_template, tokenizer, folder)
-        own = tokenizer.chat_template if chat_template == "auto" else None
-        self._named = tuple(own) if isinstance(own, dict) and source is None else ()
+        several = tokenizer.chat_template if chat_template == "auto" else None
+        self._named = tuple(several) if isinstance(several, dict) and source is None else ()
         if source is not None and chat_template in TEMPLATES and self.special.bos:
             source = "{{ bos_token }}" + source
         variables = tokenizer.special_tokens_map
+        own = chat_template == "auto"
+        file = folder / os.path.expanduser(chat_template)
+        self._place = Place(tokenizer.name_or_path if own else str(file))
         try:
             self.template = None if source is None else ConfinedTemplate(source, variables)
         except BadInput as error:
-            own = chat_template == "auto"
-            file = folder / os.path.expanduser(chat_template)
-            error.where = Place(tokenizer.name_or_path if own else str(file))
+            error.where = self._place
             raise
 
     def render(self, conversation: Conversation) -> Rendered:
@@ -183,7 +185,11 @@ class Renderer:
                 help="set data.chat_template: chatml (or plain, alpaca, a .jinja file), "
                 "or use an instruct model",
             )
-        return self._chat(conversation.messages, self.template)
+        try:
+            return self._chat(conversation.messages, self.template)
+        except BadInput as error:  # who calls adds the row, which may not be at fault
+            error.help = error.help or f"the chat template is {printable(str(self._place), 500)}"
+            raise
 
     def _plain(self, messages: Sequence[Message]) -> Rendered:
         """Lay a prompt and its completion, or a text alone, end to end; then the end of text."""
@@ -285,7 +291,7 @@ def _source(chosen: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> st
     if chosen in TEMPLATES:
         return TEMPLATES[chosen]
     if chosen.endswith(".jinja"):
-        return _read(folder / os.path.expanduser(chosen))
+        return _read(given(chosen, folder))
     names = ("auto", "none", *TEMPLATES)
     near = get_close_matches(chosen, names, n=1)
     raise BadInput(

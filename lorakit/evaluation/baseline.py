@@ -1,5 +1,6 @@
 """The baseline file: the figures of a run that later runs are measured against, for committing."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,13 @@ def read(path: Path, facts: Mapping[str, Any]) -> dict[str, float]:
     """Return the value of each metric in a baseline file.
 
     Raises:
-        BadInput: `eval.baseline-mismatch` when the file is no baseline, or one over other rows or
-            with other normalisations than `facts` say of this evaluation.
+        BadInput: `eval.no-baseline` when there is no file; `eval.baseline-mismatch` when it is no
+            baseline, or one over other rows or with other normalisations than `facts` say of this
+            evaluation.
     """
+    if not os.path.exists(path):
+        message, help = "there is no such baseline", "--update-baseline creates it"
+        raise BadInput("eval.no-baseline", message, where=str(path), help=help)
     found = read_object(path, FAMILY)
     if found.get("schema") != SCHEMA:
         raise _mismatch(path, f"expected the schema {SCHEMA}, found {found.get('schema')!r}")

@@ -46,6 +46,10 @@ class Judgement:
     value: float | None
     margin: float | None
 
+    def __str__(self) -> str:
+        limit = f" ({shown(self.limit)})" if self.gate.bound.reference else ""
+        return f"{self.gate.metric} is {shown(self.value)}, its gate is {self.gate}{limit}"
+
     @property
     def computed(self) -> bool:
         return None not in (self.limit, self.value, self.margin)
@@ -108,8 +112,7 @@ def verdict(judgements: Sequence[Judgement]) -> LorakitError | None:
     first = missed[0]
     return CheckFailed(
         "check.gate-missed",
-        f"{len(missed)} of {len(judgements)} gates missed: {first.gate.metric} is "
-        f"{shown(first.value)}, its gate {first.gate} is {shown(first.limit)}",
+        f"{len(missed)} of {len(judgements)} gates missed: {first}",
         where=first.gate.place,
     )
 

@@ -12,19 +12,28 @@ from lorakit.recipe.sections import GENERATED
 from lorakit.storage.redact import printable
 from lorakit.storage.strict_json import dumps_line
 
-HEADER = ("metric", "adapter", "base", "change", "gate", "limit", "result")
 LONG = 400  # characters of a text in a failure
 
 
 @dataclass(frozen=True)
 class Report:
-    """Results with their judgements; `facts` say what was measured with what."""
+    """Results with their judgements; `facts` say what was measured with what.
+
+    `compares` shows the baseline's figures beside these, and what has changed since.
+    """
 
     name: str
     results: Results
     judgements: tuple[Judgement, ...]
     baseline: Mapping[str, float]
     facts: Mapping[str, Any]
+    compares: bool = False
+
+    @property
+    def header(self) -> tuple[str, ...]:
+        """The names of the table's columns."""
+        compared = ("baseline", "since") if self.compares else ()
+        return ("metric", "adapter", "base", "change", *compared, "gate", "limit", "result")
 
     @property
     def exit(self) -> int:
@@ -44,14 +53,18 @@ class Report:
         }
 
     def table(self) -> list[tuple[str, ...]]:
-        """Return the rows under `HEADER`: one a metric, one more for each further gate on it."""
+        """Return the rows under `header`: one a metric, one more for each further gate on it."""
         lines: list[tuple[str, ...]] = []
         for name, facts in self.results.facts(self.baseline).items():
             adapter, base = facts["adapter"], facts["base"]
-            numbers = (_number(adapter), _number(base), _change(adapter, base))
+            numbers = [_number(adapter), _number(base), _change(adapter, base)]
+            if self.compares:
+                before, now = facts["baseline"], base if adapter is None else adapter
+                numbers += [_number(before), _change(now, before)]
             gates = [_result(one) for one in self.judgements if one.gate.metric == name]
             first, *further = gates or [("", "", "")]
-            lines += [(name, *numbers, *first), *(("", "", "", "", *more) for more in further)]
+            nothing = ("", *("" for _ in numbers))
+            lines += [(name, *numbers, *first), *((*nothing, *more) for more in further)]
         return lines
 
     def summary(self) -> str:
@@ -67,8 +80,9 @@ class Report:
 
     def markdown(self) -> str:
         """Return the table as a Markdown document."""
-        lines = [f"## {self.name}", "", self.summary(), "", _cells(HEADER), _cells(["---"] * 7)]
-        lines += [_cells(row) for row in self.table()]
+        header = self.header
+        lines = [f"## {self.name}", "", self.summary(), ""]
+        lines += map(_cells, [header, ["---"] * len(header), *self.table()])
         return "\n".join(lines) + "\n"
 
     def junit(self) -> bytes:
@@ -87,9 +101,8 @@ class Report:
             name = f"{gate.metric} {gate}"
             case = ElementTree.SubElement(suite, "testcase", classname=self.name, name=name)
             if not one.passed:
-                message = f"{gate.metric} is {shown(one.value)}, {gate} is {shown(one.limit)}"
-                failure = ElementTree.SubElement(case, "failure", message=message)
-                failure.text = "\n".join([message, *self._worst(gate.metric)])
+                failure = ElementTree.SubElement(case, "failure", message=str(one))
+                failure.text = "\n".join([str(one), *self._worst(gate.metric)])
         ElementTree.indent(suite)
         text: bytes = ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True)
         return text

@@ -1,6 +1,7 @@
 """The model card: README.md beside an adapter, made from what its passport says."""
 
 import json
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def card(saved: Saved) -> str:
         _front_matter(passport, method, name),
         f"# {title}\n\nAn adapter ({method}) for `{name}`{commit}, trained with {maker}.",
         "## Use",
-        *_use(saved.folder.name, name, passport.get("servable", {})),
+        *_use(saved.folder.name, base, passport.get("servable", {})),
         "## Prompt format",
         *_prompt_format(saved, recipe.get("data", {}).get("system")),
         "## Data",
@@ -89,14 +90,25 @@ def _front_matter(passport: Mapping[str, Any], method: str, name: str) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
-def _use(folder: str, name: str, servable: Mapping[str, str]) -> Iterable[str]:
-    """Show how the adapter is used; what serves it is what the passport says, if it does."""
+def _use(folder: str, base: Mapping[str, Any], servable: Mapping[str, str]) -> Iterable[str]:
+    """Show how the adapter is used; what serves it is what the passport says, if it does.
+
+    Other programs find a base by its hub id alone: of any other the reader has to say where it is.
+    """
     yield f'```\nlorakit generate {folder} "Your prompt"\nlorakit merge {folder} --out merged\n```'
+    name: str = base.get("name") or ""
+    place = name if base.get("revision") else f"path/to/{name or 'base'}"
+    if place != name:
+        called = f"`{name}`" if name else "the base that the adapter was trained on"
+        yield (
+            f"The base is no model of the hub: below, put the place of {called} on your machine "
+            f"where it says `{place}`."
+        )
     yield (
         "With PEFT:\n\n```python\n"
         "from peft import PeftModel\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"base = AutoModelForCausalLM.from_pretrained({json.dumps(name)})\n"
+        f"base = AutoModelForCausalLM.from_pretrained({_pretrained(place)})\n"
         f"model = PeftModel.from_pretrained(base, {json.dumps(folder)})\n"
         f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(folder)})\n```"
     )
@@ -104,11 +116,19 @@ def _use(folder: str, name: str, servable: Mapping[str, str]) -> Iterable[str]:
     if verdict.startswith("yes"):
         options = verdict.removeprefix("yes").replace(", with", "")
         yield (
-            f"With vLLM:\n\n```\nvllm serve {name} --enable-lora "
+            f"With vLLM:\n\n```\nvllm serve {shlex.quote(place)} --enable-lora "
             f"--lora-modules {folder}={folder}{options}\n```"
         )
     if servable:
         yield _table(("program", "serves it"), list(servable.items()))
+
+
+def _pretrained(place: str) -> str:
+    """Return the arguments with which transformers loads a base: a GGUF file goes by its folder."""
+    if not place.endswith(".gguf"):
+        return json.dumps(place)
+    folder, _, file = place.rpartition("/")
+    return f"{json.dumps(folder)}, gguf_file={json.dumps(file)}"
 
 
 def _prompt_format(saved: Saved, system: str | None) -> Iterable[str]:

@@ -186,9 +186,14 @@ def find(
     name, revision = (place.resolve().name if place else section.path), None
     if not place:
         local.check_id(section.path, recipe_folder, cache)
-        place = hub.snapshot(
-            section.path, section.revision, offline=offline, code=code, weights=weights
-        )
+        try:
+            place = hub.snapshot(
+                section.path, section.revision, offline=offline, code=code, weights=weights
+            )
+        except BadInput as error:
+            if error.id == "model.not-found":
+                error.help = local.meant(section.path, cache) or error.help
+            raise
         revision = place.name
     links_into = hub_cache(place)
     check_texts(place)

@@ -99,7 +99,6 @@ def _explained(error: Exception, id: str, revision: str | None, offline: bool) -
         return BadInput(
             "model.not-found",
             f"there is no folder {id} with a config.json, and the hub cannot be asked for {id}",
-            where=id,
             help="give the path of a folder, or the id of a model of the hub: org/name",
         )
     if offline or isinstance(error, LocalEntryNotFoundError):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from lorakit.errors import BadInput
 from lorakit.model import hub
+from lorakit.recipe import expected, files
 from lorakit.storage.redact import printable
 
 
@@ -31,8 +32,30 @@ def place(path: str, recipe_folder: Path, cache: Path) -> Path | None:
     return None
 
 
+def check(path: str, recipe_folder: Path, cache: Path) -> None:
+    """Refuse what is clearly a path, and names no model here; the hub is not asked.
+
+    Raises:
+        BadInput: `model.not-found`.
+    """
+    if place(path, recipe_folder, cache) is None:
+        check_id(path, recipe_folder, cache)
+
+
+def meant(path: str, cache: Path) -> str | None:
+    """Say which model a text may mean that names none: in the working folder, or in the cache."""
+    if os.path.exists(path):
+        return files.misplaced(path)
+    try:
+        known = {name.lower(): name for name in os.listdir(cache / "models")}
+    except OSError:
+        return None
+    near = expected.nearest(path.lower(), known, 0.5)
+    return f"did you mean {printable(known[near])}, which is in the cache?" if near else None
+
+
 def check_id(path: str, recipe_folder: Path, cache: Path) -> None:
-    """Refuse a text that names nothing here and cannot be a hub id.
+    """Refuse a text that names nothing here and cannot be a hub id; whoever calls knows its place.
 
     Raises:
         BadInput: `model.not-found`.
@@ -44,6 +67,6 @@ def check_id(path: str, recipe_folder: Path, cache: Path) -> None:
             "model.not-found",
             f"{kind} {printable(path, 500)} does not exist (recipe's folder {recipe_folder}, "
             f"cache {cache})",
-            where=printable(path, 500),
-            help="give a folder with config.json, a .gguf file, or a hub id such as org/name",
+            help=meant(path, cache)
+            or "give a folder with config.json, a .gguf file, or a hub id such as org/name",
         )

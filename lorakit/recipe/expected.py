@@ -128,6 +128,8 @@ def suggestion(value: Any, found: Sequence[Schema]) -> str | None:
             ),
         ]
     meant = next((one for one in likely if one is not None and accepts(one, found)), None)
+    if meant == [value]:  # which is not known to be right: the word itself is not checked here
+        return f"a list of one is written {_written(meant)}"
     return None if meant is None else f"did you mean {_written(meant)}?"
 
 

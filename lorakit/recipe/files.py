@@ -10,6 +10,7 @@ from lorakit.recipe.yaml_nodes import Path as Keys
 from lorakit.storage.paths import open_regular
 from lorakit.storage.redact import printable
 
+RESOLVED = "resolved.yaml"  # what a run's folder calls the recipe that was carried out
 MAX_BYTES = 1 << 20
 LOCAL_ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".gguf", ".jinja")
 
@@ -25,13 +26,15 @@ def packaged_recipes() -> dict[str, Path]:
 def locate(name: str | os.PathLike[str], folder: Path | None = None) -> Path:
     """Return the file that a path (relative to `folder`) or a packaged name means.
 
+    The folder of a run, or of its adapter, means the recipe that was carried out.
+
     Raises:
         BadInput: `recipe.not-found`, with the nearest names.
     """
     path = folder / os.path.expanduser(name) if folder else Path(name)
     packaged = packaged_recipes()
     if os.path.exists(path):
-        return path
+        return _of_run(path) or path
     if str(name) in packaged:
         return packaged[str(name)]
     try:
@@ -40,7 +43,8 @@ def locate(name: str | os.PathLike[str], folder: Path | None = None) -> Path:
         beside = []
     beside = [name for name in beside if name != path.name]  # it is there: a link to nowhere
     near = [str(path.with_name(found)) for found in difflib.get_close_matches(path.name, beside)]
-    near += difflib.get_close_matches(path.stem, packaged)
+    near += [found for found in packaged if path.stem and found.startswith(path.stem)]
+    near = list(dict.fromkeys([*near, *difflib.get_close_matches(path.stem, packaged)]))
     help = f"did you mean {one_of(map(printable, near[:3]))}?" if near else None
     raise BadInput(
         "recipe.not-found",
@@ -48,6 +52,14 @@ def locate(name: str | os.PathLike[str], folder: Path | None = None) -> Path:
         where=printable(str(path), 500),
         help=help or "`lorakit recipes list` shows the packaged recipes",
     )
+
+
+def _of_run(path: Path) -> Path | None:
+    """Return the recipe that lies in a run's folder, given that or its adapter's."""
+    places = [path]
+    if os.path.isfile(path / "adapter_config.json"):
+        places.append(Path(os.path.normpath(path / os.pardir)))
+    return next((one / RESOLVED for one in places if os.path.isfile(one / RESOLVED)), None)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -99,6 +111,35 @@ def is_local(text: str, folder: Path) -> bool:
     """Tell whether text that may also be a hub id means something on this machine."""
     looks_local = text.startswith((".", "/", "~")) or text.endswith(LOCAL_ENDINGS)
     return looks_local or os.path.exists(folder / text)
+
+
+def given(text: str, folder: Path) -> Path:
+    """Return the file of data that a recipe in `folder` names; what is no regular file is refused.
+
+    Raises:
+        BadInput: `data.not-found`, with what a relative path is relative to, or `data.not-a-file`.
+    """
+    path = folder / os.path.expanduser(text)
+    try:
+        open_regular(path, "data").close()
+    except BadInput as error:
+        if error.id == "data.not-found" and (said := misplaced(text)):
+            error.help = said if os.path.exists(text) else f"{said}; {error.help}"
+        raise
+    return path
+
+
+def misplaced(text: str) -> str | None:
+    """Say what a path of a recipe that leads nowhere is relative to, where it is relative.
+
+    Who gives one with `--set` thinks of the working folder.
+    """
+    if os.path.isabs(os.path.expanduser(text)):
+        return None
+    rule = "paths are relative to the folder of the recipe"
+    here = f"$PWD/{os.path.normpath(text)}"
+    exists = os.path.exists(text)
+    return f"{rule}: for the one in the working folder write {printable(here)}" if exists else rule
 
 
 def moved(root: Node, old: Path, new: Path) -> Node:

@@ -7,13 +7,14 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from lorakit.errors import BadInput, RecipeError
+from lorakit.errors import BadInput, RecipeError, UnknownMethod
 from lorakit.recipe import files, rules, texts
 from lorakit.recipe.dump import dump
 from lorakit.recipe.expected import shown
 from lorakit.recipe.layers import Layers
 from lorakit.recipe.overrides import apply
 from lorakit.recipe.problems import Names, explain
+from lorakit.recipe.schema import settings_of_any
 from lorakit.recipe.sections import DEFAULT_METHOD, Adapter, Origin, Recipe, Section
 from lorakit.recipe.yaml_nodes import Node, dotted, problem
 
@@ -37,7 +38,7 @@ def read(
 
     Args:
         recipe: a path, else the name of a packaged recipe.
-        settings_for: gives a method's settings; raises `adapter.unknown-method`.
+        settings_for: gives a method's settings; raises `UnknownMethod`.
         overrides: PATH=VALUE, PATH+=VALUE or PATH-, as given to `--set`.
         environ: what `${VAR}` expands from.
         foreign: gives what other tools call the methods: their name, our words.
@@ -71,7 +72,8 @@ def _validated(
     values = tree.plain
     written = values.pop("adapter", {})
     settings, problems = _settings(tree, written, settings_for)
-    adapter, wrong_adapter = _attempt(settings, {"method": DEFAULT_METHOD}, written)
+    method = {"method": DEFAULT_METHOD}
+    adapter, wrong_adapter = _attempt(settings, method, written, method if problems else {})
     # The other sections are judged even when nothing can be made of this one.
     known = (adapter or Adapter()) if isinstance(written, dict) else written
     recipe, wrong = _attempt(Recipe, values, {"adapter": known})
@@ -99,7 +101,11 @@ def _attempt(
 def _settings(
     tree: Node, written: object, settings_for: Settings
 ) -> tuple[type[Adapter] | None, list[BadInput]]:
-    """Return the settings of the method that the adapter section names."""
+    """Return the settings of the method that the adapter section names.
+
+    Of a name that is wrong the problem, and the settings of the method that was probably meant, or
+    of all: the other keys are judged as well.
+    """
     if not isinstance(written, dict):
         return None, []
     path = ("adapter", "method")
@@ -113,6 +119,7 @@ def _settings(
         return None, [problem("wrong-type", path, sentence, node.place)]
     try:
         return settings_for(method), []
-    except BadInput as error:
+    except UnknownMethod as error:
         message = f"{dotted(path)}: {error.message}"
-        return None, [BadInput(error.id, message, where=node.place, help=error.help)]
+        wrong = BadInput(error.id, message, where=node.place, help=error.help)
+        return settings_for(error.meant) if error.meant else settings_of_any(), [wrong]

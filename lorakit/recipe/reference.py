@@ -51,6 +51,12 @@ def field(schema: Schema, key: str) -> Schema:
     return found[key]
 
 
+def keys(schema: Schema) -> list[str]:
+    """Return every dotted key of a recipe that can be set by its name."""
+    paths = (path for path, _, _ in _fields(schema))
+    return [path for path in dict.fromkeys(paths) if "*" not in path and path != "extends"]
+
+
 def _fields(
     schema: Schema, root: Schema | None = None, path: str = "", method: str = ""
 ) -> Iterator[tuple[str, Schema, str]]:

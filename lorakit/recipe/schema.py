@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import create_model
 
-from lorakit.errors import BadInput
+from lorakit.errors import UnknownMethod
 from lorakit.recipe import expected
 from lorakit.recipe.expected import Schema
 from lorakit.recipe.sections import DEFAULT_METHOD, Adapter, Recipe
@@ -71,21 +71,35 @@ def settings_for(method: str) -> type[Adapter]:
     It knows the keys and defaults of the shipped schema and takes any value.
 
     Raises:
-        BadInput: `adapter.unknown-method`.
+        UnknownMethod: with the nearest name.
     """
+    known = _methods()
+    if method not in known:
+        near = expected.nearest(method, known)
+        help = f"did you mean '{near}'?" if near else "`lorakit methods` lists them"
+        message = f"there is no method {expected.shown(method)}"
+        raise UnknownMethod("adapter.unknown-method", message, help=help, meant=near)
+    return _stand_in(method, known[method])
+
+
+def settings_of_any() -> type[Adapter]:
+    """Return a stand-in with the keys of every method, none of which must be there."""
+    return _stand_in(
+        "any", {key: {"default": None} for keys in _methods().values() for key in keys}
+    )
+
+
+def _methods() -> dict[str, Schema]:
+    """Return the schemas of each method's keys, as the shipped schema has them."""
     known = shipped()["$defs"]
-    if f"adapter.{method}" not in known:
-        names = [name.removeprefix("adapter.") for name in known if name.startswith("adapter.")]
-        near = expected.nearest(method, names)
-        raise BadInput(
-            "adapter.unknown-method",
-            f"there is no method {expected.shown(method)}",
-            help=f"did you mean '{near}'?" if near else "`lorakit methods` lists them",
-        )
-    fields = known[f"adapter.{method}"]["properties"]
+    names = [name for name in known if name.startswith("adapter.")]
+    return {name.removeprefix("adapter."): known[name]["properties"] for name in names}
+
+
+def _stand_in(name: str, fields: Schema) -> type[Adapter]:
     # The defaults are plain values, so that a recipe of these settings can be written out.
     keys = {key: (Any, field.get("default", ...)) for key, field in fields.items()}
-    settings: type[Adapter] = create_model(method, __base__=Adapter, **keys)  # type: ignore[call-overload]  # keys known at run time only
+    settings: type[Adapter] = create_model(name, __base__=Adapter, **keys)  # type: ignore[call-overload]  # keys known at run time only
     return settings
 
 

@@ -26,6 +26,7 @@ from pydantic_core import PydanticCustomError
 
 from lorakit.errors import Place
 from lorakit.recipe.bounds import read_bound
+from lorakit.recipe.files import RESOLVED
 
 DEFAULT_METHOD = "lora"
 SHORTEST_ROW = 8  # tokens that `data.max_length` allows at least
@@ -344,6 +345,9 @@ class Origin:
 
     @property
     def name(self) -> str:
+        """What a run of the recipe is called; that of a run's own recipe is the run's name."""
+        if self.path.name == RESOLVED:
+            return self.path.absolute().parent.name
         return self.path.name.removesuffix(self.path.suffix)
 
     @property

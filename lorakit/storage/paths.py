@@ -27,12 +27,16 @@ _KINDS = {
     stat.S_IFSOCK: "socket",
     stat.S_IFLNK: "symbolic link",
 }
-# What to do about a file of a family when nothing better is known.
+# What to do about a file of a family, or about one fault of it, when nothing better is known.
 _REMEDIES = {
     "adapter": "save the adapter again, or fetch it again",
     "checkpoint": "bring the file back as it was, or start again with --overwrite",
-    "data": "put the file right there, or name another in the recipe",
+    "data": "put the file right, or name another in the recipe",
+    "data.not-found": "put the file there, or name another in the recipe",
+    "data.empty": "write rows into it, or name another file in the recipe",
+    "data.syntax": "correct this place, or take the row out; keys and texts stand in double quotes",
     "model": "fetch the model again, or name another with model.path",
+    "recipe.not-a-file": "name a .yaml file, a packaged recipe, or the folder of a finished run",
     "tokenizer": "fetch the tokenizer's files again",
 }
 _NOT_FOUND = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
@@ -50,7 +54,8 @@ def file_error(
     for id in (f"{name}.{kind}", family, f"{name}.bad-config", f"{name}.damaged"):
         for error in (BadInput, RunFailed):
             if id in error.ids:
-                return error(id, message, where=where, help=help or _REMEDIES.get(name))
+                help = help or _REMEDIES.get(id) or _REMEDIES.get(name)
+                return error(id, message, where=where, help=help)
     raise ValueError(f"no error has the id {name}.{kind}")
 
 

@@ -116,7 +116,8 @@ def read_lines(path: Path, family: str = "data") -> Iterator[tuple[int, dict[str
             blank = blank or where
             continue
         if blank:
-            raise file_error(family, "syntax", "an empty line among the rows", where=blank)
+            message, help = "an empty line among the rows", "take the line out"
+            raise file_error(family, "syntax", message, where=blank, help=help)
         if not begun and line.lstrip().startswith(b"["):
             message = "the file begins with a list; JSONL is one object per line"
             help = "when the file is one list of rows, let its name end in .json"

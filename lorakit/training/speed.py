@@ -76,6 +76,7 @@ CARDS = {
         _card("H200", 141, 989, (9, 0)),
     )
 }
+_BETWEEN = re.compile(r"[\s_-]+")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(GiB|GB|G|MiB|MB)?", re.IGNORECASE)
 _UNITS = {"gib": GIB, "g": GIB, "gb": 10**9, "mib": 2**20, "mb": 10**6}
 
@@ -86,7 +87,9 @@ def card(text: str) -> Card:
     Raises:
         BadInput: when it is neither.
     """
-    if known := CARDS.get(" ".join(text.lower().split())):
+    # People write RTX 3090, RTX3090 and rtx-3090.
+    name = _BETWEEN.sub("", text.lower())
+    if known := next((c for n, c in CARDS.items() if _BETWEEN.sub("", n) == name), None):
         return known
     size = _SIZE.fullmatch(text.strip())
     if size is None or float(size[1]) == 0:

@@ -200,7 +200,7 @@ CASES = [
            ("base_model_name_or_path", "a text or null"), CONFIG, "adapter.bad-setting")
       for value in (5, ["x"], {"a": 1})),
     *(Case(f"--base {name!r:.20}", given("merge", ADAPTER, "--out", "m", "--base", name), (), place, "model.not-found")
-      for name, place in (("", ADAPTER), ("  ", ADAPTER), ("m\udcff", ADAPTER), ("x" * 300, ""), ("./absent", "./absent"),
+      for name, place in (("", ADAPTER), ("  ", ADAPTER), ("m\udcff", ADAPTER), ("x" * 300, "x" * 300), ("./absent", "./absent"),
                           ("absent", "absent"), ("/dev/zero", "/dev/zero"),
                           ("~nobody-of-that-name/x", "~nobody-of-that-name/x"))),
     Case("--out below a file", given(*OUT, "rows.jsonl/x"), ("rows.jsonl is a file",), "rows.jsonl/x", "output.not-empty"),

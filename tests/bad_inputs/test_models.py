@@ -165,12 +165,12 @@ def setting_template(value: Any) -> Spoil:
 
 
 CASES = [
-    Case("M01 folder", recipe("model: ./absent"), ("folder ./absent",), "./absent"),
+    Case("M01 folder", recipe("model: ./absent"), ("folder ./absent",), "recipe.yaml:1:8"),
     Case("M01 below a folder", recipe("model: model/absent"), ("folder model/absent",),
-         "model/absent"),
+         "recipe.yaml:1:8"),
     Case("M01 absolute", recipe("model: /nowhere/absent"), ("folder /nowhere/absent",),
-         "/nowhere/absent"),
-    Case("M01 .gguf", recipe("model: absent.gguf"), ("file absent.gguf",), "absent.gguf"),
+         "recipe.yaml:1:8"),
+    Case("M01 .gguf", recipe("model: absent.gguf"), ("file absent.gguf",), "recipe.yaml:1:8"),
     Case("M01 config.json", plan(lambda w: w.path("model/config.json").unlink()), ("model",),
          "model"),
     Case("M02", config(model_type="lllama"), ("model_type 'lllama'", transformers.__version__),
@@ -222,9 +222,9 @@ CASES = [
     *(Case(f"nothing but an index: {text}", plan(only_index(text)), (), INDEX, "model.bad-index")
       for text in ("", "[]", '{"weight_map": 5}')),
     *(Case(f"a bare name, {command}", lambda _, command=command: [*command, "--offline"],
-           ("no folder absent", "org/name"), "absent", "model.not-found")
-      for command in (["plan", "recipe.yaml", "-s", "model=absent"],
-                      ["merge", "runs/recipe/adapter", "--base", "absent", "--out", "m"])),
+           ("no folder absent", "org/name"), place, "model.not-found")
+      for place, command in (("--set model", ["plan", "recipe.yaml", "-s", "model=absent"]),
+                             ("absent", ["merge", "runs/recipe/adapter", "--base", "absent", "--out", "m"]))),
     *(Case(f"a tokenizer that panics: {name}", plan(tokenizer(**{part: content})), ("tokenizer cannot be read",),
            "model", "tokenizer.missing")
       for name, part, content in (

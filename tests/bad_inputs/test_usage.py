@@ -73,6 +73,9 @@ CASES = [
       for command in (["merge", ADAPTER, "--base", "model", "--out"], ["recipes", "copy", "quickstart"],
                       ["eval", "recipe.yaml", "-s", "data.eval=0.2", "--samples"])
       for name, to, said in (("escape", "a\x1b[31mb", "U+001B"), ("line", "a\nb", "U+000A"), ("long", "x" * 300, "255 bytes"))),
+    Case("a merge into other files", given(*START, "-s", "merge.enabled=true", "-s", "merge.out=model"),
+         ("merge.out: model: holds files that are no merge", "choose another folder with merge.out"),
+         "--set merge.out", "output.not-empty"),
     Case("a thousand processes", given(*START, "--nproc", "1000"), ("--nproc 1000", "at most"), "", "usage"),
     Case("the cache of nobody", variables(["plan", "recipe.yaml"], LORAKIT_CACHE="~nobody-here/x"),
          ("~nobody-here/x", "LORAKIT_CACHE"), "", "usage"),

@@ -34,6 +34,16 @@ def test_it_fits_into_an_issue() -> None:
     assert all(line == line.rstrip() and len(line) < 100 for line in lines)
 
 
+def test_the_line_that_installs_an_extra_is_the_same_for_people_and_programs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(doctor, "EXTRAS", {"no_such_module": "eval"})
+    line = 'pip install "lorakit[eval]"'
+    assert line in runner.invoke(app, ["doctor"]).stdout
+    extras = json.loads(runner.invoke(app, ["doctor", "--json"]).stdout)["facts"]["extras"]
+    assert extras == {"no_such_module": line}
+
+
 def test_a_conflict_is_a_problem_and_strict_exits_1(monkeypatch: pytest.MonkeyPatch) -> None:
     versions = {**conflicts.installed(), "peft": "0.17.1", "transformers": "5.0.0"}
     monkeypatch.setattr(conflicts, "installed", lambda: versions)

@@ -39,3 +39,9 @@ def test_every_setting_says_its_values_its_default_and_what_it_does(name: str) -
     shown = runner.invoke(app, ["methods", name]).stdout
     assert f"arXiv {method['paper']}" in shown
     assert all(f"{reader} {said}" in shown for reader, said in method["servable"].items())
+
+
+def test_a_table_prints_brackets_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapters, "summary", lambda name: f"one [of] [bold]{name}[/bold]")
+    for line in runner.invoke(app, ["methods"]).stdout.splitlines()[1:]:
+        assert line.endswith(f"one [of] [bold]{line.split()[0]}[/bold]")

@@ -91,6 +91,14 @@ def test_train_says_that_it_reads_large_files(
     assert ("every byte of the base" in ended.stderr) is bool(longer)
 
 
+def test_a_recipe_that_fits_is_not_written_again(recipe: str, tmp_path: Path) -> None:
+    fitted = tmp_path / "fitted.yaml"
+    ended = runner.invoke(app, ["plan", recipe, "--fit", str(fitted)])
+    assert ended.exit_code == 0, ended.stderr
+    assert "the recipe fits as it is, nothing needs to change" in ended.stderr
+    assert not fitted.exists()
+
+
 def test_a_plan_that_does_not_fit_exits_1(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Runtime, "free_bytes", lambda _: 1000)
     ended = runner.invoke(app, ["plan", recipe])

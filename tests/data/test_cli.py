@@ -92,6 +92,10 @@ def test_check(recipe: Path) -> None:
     clean = _run("check", recipe, "--set", "data.eval=null")
     assert clean.exit_code == 0
     assert clean.stdout == "ok  nothing found\n"
+    rows_file(recipe.parent, [{**row, "id": 1} for row in ROWS])
+    warned = _run("check", recipe, "--set", "data.eval=null")
+    assert "warning[data.extra-fields]" in warned.stderr
+    assert (warned.exit_code, warned.stdout) == (0, "ok  with the warnings above\n")
 
 
 def test_three_sets_are_what_the_recipe_calls_them(recipe: Path) -> None:

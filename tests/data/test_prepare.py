@@ -388,3 +388,22 @@ def test_messages_for_a_sentencepiece_base(tmp_path: Path) -> None:
     found = prepared(section(rows_file(tmp_path, [ask("the ", "an")])), tokenizer=tokenizer)
     ids = found.train[0].ids.tolist()
     assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", "▁the", "▁", "an", "</s>"]
+
+
+def test_labels_that_are_numbers_are_read_by_the_function_of_the_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    numbers = rows_file(tmp_path, [ask("good?", "yes"), {"prompt": "bad?", "completion": 0}])
+    with pytest.raises(BadInput) as caught:
+        prepared(section(numbers))
+    assert "data.format: module:function with --allow-local-code" in str(caught.value.help)
+    page = Path(__file__).parents[2].joinpath("recipes", "REFERENCE.md").read_text()
+    code = page.partition("```python\n")[2].partition("```")[0]
+    (tmp_path / "labels.py").write_text(code)
+    path = rows_file(tmp_path, [{"review": "bad", "label": 0}, {"review": "good", "label": 1}])
+    found = prepared(section(path, format="labels:as_text"), allow_local_code=True)
+    sys.modules.pop("labels")
+    texts = [tiny_tokenizer().decode(example.ids) for example in found.train]
+    assert ["negative" in text for text in texts] == [True, False]
+    assert ["positive" in text for text in texts] == [False, True]

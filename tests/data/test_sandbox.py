@@ -1,14 +1,16 @@
 """What a chat template may not do, and that what it may do is what transformers lets it do."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lorakit.data.formats import Conversation, Message
 from lorakit.data.sandbox import MAX_SOURCE, Template
 from lorakit.data.template import Renderer
 from lorakit.errors import BadInput
 from tests.data.given import LLAMA3, MISTRAL, STRIPPING, base_tokenizer
-from tests.tiny import CHAT_TEMPLATE
+from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
@@ -92,3 +94,18 @@ def test_choosing(tmp_path: Any) -> None:
         with pytest.raises(BadInput) as caught:
             Renderer(tokenizer, chat_template=name, folder=tmp_path)
         assert caught.value.id == id
+
+
+def test_what_a_template_does_wrong_names_the_template_as_well_as_the_row(tmp_path: Path) -> None:
+    for name, text in (("refuses", "{{ nothing.at.all }}"), ("loops", "{{ 'a' * 10 ** 9 }}")):
+        (tmp_path / f"{name}.jinja").write_text(text)
+        renderer = Renderer(tiny_tokenizer(), chat_template=f"{name}.jinja", folder=tmp_path)
+        with pytest.raises(BadInput) as caught:
+            renderer.render(Conversation((Message("user", "?"), Message("assistant", "!"))))
+        assert caught.value.help == f"the chat template is {tmp_path / name}.jinja"
+
+
+def test_a_template_that_is_not_there_is_said_to_be_relative_to_the_recipe(tmp_path: Path) -> None:
+    with pytest.raises(BadInput) as caught:
+        Renderer(tiny_tokenizer(), chat_template="none.jinja", folder=tmp_path)
+    assert "paths are relative to the folder of the recipe" in str(caught.value.help)

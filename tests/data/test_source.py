@@ -189,3 +189,40 @@ def test_what_looks_like_a_path_is_no_hub_id(tmp_path: Path, path: str) -> None:
     with pytest.raises(BadInput) as caught:
         _load(tmp_path, path)
     assert caught.value.id == "data.not-found"
+
+
+def test_a_path_is_relative_to_the_recipe_and_the_help_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who gives one with `--set` has it in the working folder."""
+    recipes, working = tmp_path / "recipes", tmp_path / "working"
+    recipes.mkdir()
+    working.mkdir()
+    monkeypatch.chdir(working)
+    rule = "paths are relative to the folder of the recipe"
+    with pytest.raises(BadInput) as caught:
+        _load(recipes, "a.jsonl")
+    assert caught.value.id == "data.not-found"
+    assert caught.value.help == f"{rule}; put the file there, or name another in the recipe"
+    _write(working, "a.jsonl")
+    with pytest.raises(BadInput) as caught:
+        _load(recipes, "./a.jsonl")
+    assert caught.value.help == f"{rule}: for the one in the working folder write $PWD/a.jsonl"
+    with pytest.raises(BadInput) as caught:
+        _load(recipes, str(working / "b.jsonl"))
+    assert rule not in str(caught.value.help)
+
+
+@pytest.mark.parametrize(
+    ("content", "help"),
+    [
+        ("", "write rows into it"),
+        ('{"prompt": 1,}\n', "correct this place, or take the row out"),
+        ('{"a": 1}\n\n{"a": 2}\n', "take the line out"),
+    ],
+)
+def test_a_fault_of_a_file_comes_with_what_to_do(tmp_path: Path, content: str, help: str) -> None:
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(BadInput) as caught:
+        _load(tmp_path, "a.jsonl")
+    assert str(caught.value.help).startswith(help)

@@ -1,6 +1,7 @@
 """`lorakit eval`, `generate` and `merge` as a user calls them, on a run made by hand."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -88,9 +89,36 @@ def test_a_baseline_is_written_then_compared(run: Any, folder: Path):
     made = run("eval", "relative.yaml", "--baseline", "b.json", "--update-baseline")
     assert made.exit_code == 0, made.output
     assert str(folder) not in (folder / "b.json").read_text()
-    assert run("eval", "relative.yaml", "--baseline", "b.json").exit_code == 0
+    compared = run("eval", "relative.yaml", "--baseline", "b.json")
+    assert compared.exit_code == 0
+    header, loss, *_ = (line.split() for line in compared.stdout.splitlines())
+    assert header[3:6] == ["change", "baseline", "since"]
+    assert (loss[4], loss[5][1:]) == (loss[1], "0.000")
     other_rows = run("eval", "relative.yaml", "--baseline", "b.json", "--limit", "2", "--json")
     assert json.loads(other_rows.stdout)["error"]["id"] == "eval.baseline-mismatch"
+
+
+def test_eval_takes_the_folder_of_a_run_or_of_its_adapter(run: Any, folder: Path, tmp_path: Path):
+    """Its recipe is the one that was carried out, and its name that of the run."""
+    moved = tmp_path / "moved"
+    shutil.copytree(folder / "run" / "adapter", moved / "adapter")
+    (moved / "run.json").write_text("{}")
+    written = run("recipes", "show", "pass.yaml", "--resolved").stdout
+    (moved / "resolved.yaml").write_text(written.replace("output_dir: run ", "output_dir: gone "))
+    for given in (moved, moved / "adapter", moved / "resolved.yaml"):
+        adapter = ("--adapter", str(moved)) if given.is_file() else ()
+        ended = run("eval", str(given), *adapter)
+        assert ended.exit_code == 0, ended.output
+        assert ElementTree.parse(moved / "eval" / "junit.xml").getroot().attrib["name"] == "moved"
+        assert (moved / "eval" / "summary.md").read_text().startswith("## moved\n")
+
+
+def test_a_folder_that_is_no_run_is_told_what_is_taken(run: Any, tmp_path: Path):
+    ended = run("eval", str(tmp_path), "--json")
+    assert ended.exit_code == 2
+    error = json.loads(ended.stdout)["error"]
+    assert error["id"] == "recipe.not-a-file"
+    assert "the folder of a finished run" in error["hint"]
 
 
 def test_eval_without_an_adapter_says_how_to_get_one(run: Any):

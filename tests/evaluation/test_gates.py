@@ -61,8 +61,11 @@ def test_the_verdict_names_the_first_missed_gate():
     error = verdict(found)
     assert isinstance(error, CheckFailed)
     assert (error.id, error.exit_code) == ("check.gate-missed", 1)
-    assert "1 of 2" in error.message
-    assert "loss" in error.message
+    assert error.message == "1 of 2 gates missed: loss is 2.000, its gate is max 1"
+    (relative,) = judge(
+        gates(loss=Gate(max="base - 5%")), {"loss": level(3)}, {"loss": level(2)}, {}
+    )
+    assert str(relative) == "loss is 3.000, its gate is max base - 5% (1.900)"
     assert verdict(found[1:]) is None
 
 

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -10,7 +11,7 @@ from lorakit.evaluation import baseline
 from lorakit.evaluation.gates import judge, limits
 from lorakit.evaluation.generation import Generation
 from lorakit.evaluation.metrics import from_marks, from_scores
-from lorakit.evaluation.report import HEADER, Report
+from lorakit.evaluation.report import Report
 from lorakit.evaluation.results import Measured, Results
 from lorakit.recipe.sections import Eval, Gate, Origin
 from lorakit.scoring import RowScore
@@ -68,13 +69,14 @@ def test_the_document_has_the_keys_that_programs_read():
 
 
 def test_the_table_has_a_line_for_each_metric_and_each_gate():
-    table = report(loss=Gate(max="base - 5%", min=0.1)).table()
+    found = report(loss=Gate(max="base - 5%", min=0.1))
+    table = found.table()
     assert table == [
         ("loss", "1.500", "2.500", "-1.000", "min 0.1", "", "pass"),
         ("", "", "", "", "max base - 5%", "2.375", "pass"),
         ("exact_match", "0.500", "0.000", "+0.500", "", "", ""),
     ]
-    assert all(len(row) == len(HEADER) for row in table)
+    assert all(len(row) == len(found.header) for row in table)
 
 
 def test_base_only_leaves_the_adapter_out():
@@ -95,7 +97,7 @@ def test_junit_parses_and_holds_the_worst_rows():
     failure = loss.find("failure")
     assert failure is not None
     assert failure.text is not None
-    assert failure.attrib["message"] == "loss is 1.500, max 1 is 1.000"
+    assert failure.attrib["message"] == "loss is 1.500, its gate is max 1"
     assert failure.text.splitlines()[1:] == [f"worst row: eval.jsonl:{n}" for n in (4, 3, 2)]
     failure = too_high.find("failure")
     assert failure is not None
@@ -105,9 +107,10 @@ def test_junit_parses_and_holds_the_worst_rows():
 
 
 def test_markdown_is_a_table():
-    lines = report(loss=Gate(max=1.0)).markdown().splitlines()
+    found = report(loss=Gate(max=1.0))
+    lines = found.markdown().splitlines()
     assert lines[2] == "1 of 1 gates failed."
-    assert all(line.count("|") == len(HEADER) + 1 for line in lines[4:])
+    assert all(line.count("|") == len(found.header) + 1 for line in lines[4:])
 
 
 def test_samples_are_one_object_a_line():
@@ -149,7 +152,21 @@ def test_a_baseline_of_unlike_things_is_refused(tmp_path: Path, text: str):
     assert caught.value.id == "eval.baseline-mismatch"
 
 
-def test_a_missing_baseline_is_refused(tmp_path: Path):
+def test_a_missing_baseline_is_refused_with_the_option_that_makes_it(tmp_path: Path):
+    (tmp_path / "nones.json").write_text("{}")  # a near name, which has nothing to do with it
     with pytest.raises(BadInput) as caught:
         baseline.read(tmp_path / "none.json", FACTS)
-    assert caught.value.id == "eval.baseline-mismatch"
+    assert caught.value.id == "eval.no-baseline"
+    assert caught.value.help == "--update-baseline creates it"
+
+
+def test_a_baseline_is_compared_in_columns_of_its_own():
+    given = report(loss=Gate(max="base - 5%"))
+    compared = replace(given, compares=True)
+    assert "baseline" not in given.header
+    assert compared.header[1:6] == ("adapter", "base", "change", "baseline", "since")
+    loss, exact_match = compared.table()
+    assert loss[1:6] == ("1.500", "2.500", "-1.000", "1.400", "+0.100")
+    assert exact_match[4:6] == ("", ""), "the baseline may be older than a metric"
+    assert all(len(row) == len(compared.header) for row in (loss, exact_match))
+    assert "| 1.400 | +0.100 |" in compared.markdown()

@@ -67,6 +67,24 @@ def test_a_base_of_the_hub_is_named_with_its_commit(saved: Saved):
     assert "`org/model` at `abc123`" in text
 
 
+def test_snippets_for_other_programs_say_where_a_base_must_be_put(saved: Saved):
+    """No other program finds a folder by its name alone, as lorakit does in its cache."""
+
+    def of(**base: str | None) -> str:
+        return card(replace(saved, passport={**(saved.passport or {}), "base": base}))
+
+    local = of(name="tiny", revision=None)
+    assert "put the place of `tiny` on your machine where it says `path/to/tiny`" in local
+    assert 'AutoModelForCausalLM.from_pretrained("path/to/tiny")' in local
+    assert "vllm serve path/to/tiny --enable-lora" in local
+    file = of(name="tiny-Q4_1.gguf", revision=None)
+    assert 'from_pretrained("path/to", gguf_file="tiny-Q4_1.gguf")' in file
+    on_hub = of(name="org/model", revision="abc123")
+    assert 'AutoModelForCausalLM.from_pretrained("org/model")' in on_hub
+    assert "vllm serve org/model --enable-lora" in on_hub
+    assert "path/to" not in on_hub
+
+
 def test_the_card_says_what_was_done_and_with_what(saved: Saved):
     text = card(saved)
     for wanted in (
@@ -79,7 +97,7 @@ def test_the_card_says_what_was_done_and_with_what(saved: Saved):
         "| training loss, last | 1.25 |",
         "| torch | 2.13.0 |",
         "PeftModel.from_pretrained",
-        "vllm serve tiny --enable-lora --lora-modules adapter=adapter\n",
+        "vllm serve path/to/tiny --enable-lora --lora-modules adapter=adapter\n",
         "| vLLM | yes |",
         "lorakit merge adapter --out merged",
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello!<|im_end|>",
@@ -114,7 +132,7 @@ def test_what_serves_the_adapter_is_what_the_plan_said(
     one = save_adapter(base, tmp_path / "adapter", "lora", rank=rank, target_modules=targets)
     text = card(one)
     assert f"| vLLM | {verdict} |" in text
-    command = "vllm serve tiny --enable-lora --lora-modules adapter=adapter"
+    command = "vllm serve path/to/tiny --enable-lora --lora-modules adapter=adapter"
     assert (command in text) is verdict.startswith("yes")
     assert (f"{command} --max-lora-rank 32\n" in text) is ("32" in verdict)
     of_peft = card(replace(one, passport=None))

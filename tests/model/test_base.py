@@ -138,6 +138,26 @@ def test_a_name_without_an_owner_is_sooner_a_folder_than_a_hub_id(
     assert name in error.value.message
 
 
+@pytest.mark.parametrize("name", ["tinyllama", "./tinyllama", "TinyLlama-chat.gguf"])
+def test_a_name_that_nothing_has_suggests_what_the_user_may_mean(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipes, cache, working = (tmp_path / each for each in ("recipes", "cache", "working"))
+    working.mkdir()
+    (cache / "models" / "TinyLlama-Chat").mkdir(parents=True)
+    monkeypatch.chdir(working)
+
+    def help() -> str:
+        with pytest.raises(BadInput) as error:
+            base.find(Model(path=name), recipes, offline=True, allow_remote_code=False, cache=cache)
+        assert error.value.id == "model.not-found"
+        return str(error.value.help)
+
+    assert help() == "did you mean TinyLlama-Chat, which is in the cache?"
+    (working / name).mkdir()
+    assert f"write $PWD/{name.removeprefix('./')}" in help()
+
+
 def test_fingerprints_follow_the_weights_and_not_the_files(tmp_path: Path) -> None:
     one = find(write_tiny_model(tmp_path / "one")).fingerprint
     assert find(write_tiny_model(tmp_path / "sharded", shards=3)).fingerprint == one

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from lorakit.errors import BadInput, RecipeError
+from lorakit.errors import BadInput, RecipeError, UnknownMethod
+from lorakit.recipe.expected import nearest
 from lorakit.recipe.reader import read
 from lorakit.recipe.sections import Adapter, Names, Recipe
 
@@ -44,7 +45,9 @@ METHODS: dict[str, type[Adapter]] = {"lora": LowRank, "virtual": Virtual}
 
 def settings_for(method: str) -> type[Adapter]:
     if method not in METHODS:
-        raise BadInput("adapter.unknown-method", f"no method {method}", help="lora or virtual")
+        near = nearest(method, METHODS)
+        message, help = f"no method {method}", "lora or virtual"
+        raise UnknownMethod("adapter.unknown-method", message, help=help, meant=near)
     return METHODS[method]
 
 

@@ -58,6 +58,10 @@ def test_show_what_is_not_there() -> None:
     assert "quickstart" in done.stderr
 
 
+def test_the_beginning_of_a_name_is_enough_for_a_suggestion() -> None:
+    assert "did you mean gsm8k-smollm2?" in run("show", "gsm8k", exit=2).stderr
+
+
 def test_copy_brings_the_files_that_the_recipe_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,6 +90,8 @@ def test_copy_never_replaces_what_it_was_not_asked_to(tmp_path: Path) -> None:
 def test_copy_into_a_folder(tmp_path: Path) -> None:
     run("copy", "llama7b-qv", str(tmp_path))
     assert (tmp_path / "llama7b-qv.yaml").is_file()
+    run("copy", "llama7b-qv", f"{tmp_path}/sub/new/")
+    assert (tmp_path / "sub" / "new" / "llama7b-qv.yaml").is_file()
 
 
 @pytest.mark.slow  # imports the methods, and with them torch
@@ -115,8 +121,36 @@ def test_validate(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow  # imports the methods, and with them torch
+def test_validate_looks_for_the_files_that_a_recipe_names(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "model: ./base\ndata:\n  train: [hub/rows, rows.jsonl, {path: more.csv}]\n"
+        "  eval: held.jsonl\n  chat_template: own.jinja\neval: {data: {path: gold.jsonl}}\n"
+    )
+    done = run("validate", str(recipe), "--json", exit=2)
+    found = [(e["id"], e["line"], e["column"]) for e in json.loads(done.stdout)["errors"]]
+    assert found == [
+        ("model.not-found", 1, 8),
+        ("data.not-found", 3, 21),
+        ("data.not-found", 3, 40),
+        ("data.not-found", 4, 9),
+        ("data.not-found", 5, 18),
+        ("data.not-found", 6, 21),
+    ]
+    (tmp_path / "base").mkdir()
+    for name in ("rows.jsonl", "more.csv", "held.jsonl", "own.jinja", "gold.jsonl"):
+        (tmp_path / name).touch()
+    assert run("validate", str(recipe)).stdout == "1 valid\n"
+
+
+@pytest.mark.slow  # imports the methods, and with them torch
 def test_every_packaged_recipe_is_valid() -> None:
-    run("validate", *packaged_recipes())
+    run("validate", *(name for name in packaged_recipes() if name != "gpt2-e2e"))
+    done = run("validate", "gpt2-e2e", exit=2)  # its data are to be cloned first
+    assert [line.partition("there is")[0].split()[-1] for line in done.stderr.splitlines()] == [
+        "data.train.path:",
+        "data.eval.path:",
+    ]
 
 
 def test_schema(tmp_path: Path) -> None:

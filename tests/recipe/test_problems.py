@@ -79,3 +79,19 @@ def test_an_error_of_a_validator_keeps_its_id(tmp_path: Path) -> None:
 def test_a_method_says_in_its_own_words_what_it_forbids(tmp_path: Path) -> None:
     (found,) = problems(tmp_path, MINIMAL + "adapter: {alpha: 13}\n")
     assert found == "recipe.yaml:4:18: [recipe.invalid] adapter.alpha: thirteen is unlucky"
+
+
+def test_the_other_keys_are_judged_by_the_method_that_was_meant(tmp_path: Path) -> None:
+    found = problems(tmp_path, MINIMAL + "adapter: {method: virtaul, tokens: 0, tokns: 1}\n")
+    assert [line.partition("adapter.")[2].split(";")[0] for line in found] == [
+        "unknown-method] adapter.method: no method virtaul",
+        "tokens: must be a positive integer (greater than 0), got 0",
+        "tokns: unknown key",
+    ]
+
+
+def test_a_method_like_none_leaves_every_methods_keys(tmp_path: Path) -> None:
+    text = MINIMAL + "adapter: {method: none-such, rank: 8, tokens: 20, rnak: 8}\n"
+    method, key = problems(tmp_path, text)
+    assert "no method none-such" in method
+    assert "adapter.rnak: unknown key; did you mean 'rank'?" in key

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.errors import BadInput, Place
+from lorakit.errors import BadInput, Place, UnknownMethod
 from lorakit.recipe.files import packaged_recipes
 from lorakit.recipe.reader import read
 from lorakit.recipe.sections import Adapter
@@ -38,6 +38,21 @@ def test_origin(tmp_path: Path) -> None:
     assert origin.place("merge", "out") == Place(file, 1, 1)
 
 
+def test_the_folder_of_a_run_means_the_recipe_that_was_carried_out(tmp_path: Path) -> None:
+    run = tmp_path / "first"
+    (run / "adapter").mkdir(parents=True)
+    with pytest.raises(BadInput) as caught:
+        read(run, settings_for, environ={})
+    assert caught.value.id == "recipe.not-a-file"
+    assert "the folder of a finished run" in str(caught.value.help)
+    (run / "resolved.yaml").write_text(MINIMAL)
+    (run / "adapter" / "adapter_config.json").write_text("{}")
+    for given in (run, run / "adapter", run / "resolved.yaml"):
+        recipe = read(given, settings_for, environ={})
+        assert recipe.origin.path == run / "resolved.yaml"
+        assert recipe.origin.name == "first"
+
+
 def test_a_methods_settings_arrive_typed(tmp_path: Path) -> None:
     recipe = read_text(tmp_path, MINIMAL + "adapter: {rank: 4}\n")
     assert isinstance(recipe.adapter, LowRank)
@@ -47,7 +62,7 @@ def test_a_methods_settings_arrive_typed(tmp_path: Path) -> None:
 
 def test_an_error_from_the_settings_lands_at_the_method(tmp_path: Path) -> None:
     def refuse(method: str) -> type[Adapter]:
-        raise BadInput("adapter.unknown-method", "no", help="yes")
+        raise UnknownMethod("adapter.unknown-method", "no", help="yes")
 
     (tmp_path / "x.yaml").write_text(MINIMAL + "adapter: {method: x}\n")
     with pytest.raises(BadInput) as caught:

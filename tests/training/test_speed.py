@@ -14,7 +14,7 @@ from lorakit.cli.app import app
 from lorakit.runtime import Runtime
 from lorakit.training import speed
 from lorakit.training.memory import Setup
-from lorakit.training.speed import CARDS, Rate, step_flops
+from lorakit.training.speed import CARDS, Rate, card, step_flops
 from tests.tiny import write_tiny_model
 from tests.training.shapes import llama, shape
 
@@ -33,6 +33,13 @@ def test_the_flops_are_those_of_the_formula(recomputed: int) -> None:
     expected += squares * d * (7 * layers + 2 * recomputed)
     setup = Setup(tokens, share=0.5, recomputed=recomputed)
     assert step_flops(known, setup, tokens, squares) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("text", ["RTX 3090", "RTX3090", "rtx-3090", " rtx  3090 "])
+def test_a_card_is_known_however_its_name_is_spaced(text: str) -> None:
+    assert card(text).name == "RTX 3090"
+    assert card("A100 80GB") == card("a100-80gb") == card("A10080GB")
+    assert len(CARDS) == len({one.name for one in CARDS.values()})
 
 
 def test_a_rate_says_where_it_comes_from() -> None:
