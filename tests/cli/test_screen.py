@@ -138,6 +138,22 @@ def test_wrong_usage_is_one_document_too(
     assert document["error"]["message"] in shown.err
 
 
+@pytest.mark.parametrize("arguments", [[], ["data"], ["recipes"]])
+def test_a_command_without_arguments_is_explained_as_by_help(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = []
+    for more, code in (([], 2), (["--help"], 0)):
+        monkeypatch.setattr(sys, "argv", ["lorakit", *arguments, *more])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == code
+        shown.append(capsys.readouterr())
+    assert shown[0] == shown[1]
+    assert len(shown[0].out.splitlines()) > 5
+    assert not shown[0].err
+
+
 def test_debug_shows_the_traceback() -> None:
     ended = runner.invoke(app_that(fail_with(BadInput("usage", "wrong"))), ["--debug"])
     assert ended.exit_code == 2
