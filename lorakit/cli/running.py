@@ -13,6 +13,7 @@ from lorakit import adapters, environment
 from lorakit.cli.comparing import losses_of
 from lorakit.cli.plan import find_change, will_not_fit
 from lorakit.cli.screen import Screen
+from lorakit.cli.stopping import AnsweredStop, command_again
 from lorakit.errors import Interrupted, Notice
 from lorakit.export.card import write_card
 from lorakit.export.merge import Options, check_output, merge, planned, verdict
@@ -74,12 +75,13 @@ def run(
                 screen.say("Reading   every byte of the base once, so that a resume knows it again")
             pinned = passports.pinned(plan, runtime)
             with folders.opened(path, mode, runtime, pinned, allow_inexact=allow_inexact) as folder:
-                stop = Stop(grace)
+                answered = AnsweredStop(screen, folder, runtime.processes, grace)
+                stop = answered if runtime.is_main else Stop(grace)
                 return carried_out(
                     screen, plan, runtime, folder, permissions, stop, goes_on=goes_on
                 )
     except Interrupted as error:
-        error.help = f"go on with: {_command_to_resume(runtime)}"
+        error.help = f"go on with: {command_again('--resume', runtime.processes)}"
         raise
 
 
@@ -167,13 +169,6 @@ def carried_out(
     asked = recipe.merge.enabled
     merged = merge_run(screen, plan, folder, runtime, permissions) if asked else None
     return finished(plan, folder, outcome, merged)
-
-
-def _command_to_resume(runtime: Runtime) -> str:
-    modes = ("--resume", "--resume-or-start", "--overwrite")
-    words = [word for word in sys.argv[1:] if word not in modes]
-    several = ["--nproc", str(runtime.processes)] if runtime.processes > 1 else []
-    return shlex.join(["lorakit", *words, *several, "--resume"])
 
 
 def merge_run(

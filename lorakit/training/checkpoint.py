@@ -95,7 +95,7 @@ def save(
             (folder / "state.json").write_text(strict_json.dumps(written), encoding="utf-8")
             write_manifest(folder)
     except RunFailed as error:
-        if last := [step for step in _steps(checkpoints) if step < state.step][-1:]:
+        if last := [step for step in saved_steps(checkpoints) if step < state.step][-1:]:
             saved = f"step {last[0]} is saved, go on from there with --resume"
             error.help = f"{saved}; {error.help}" if error.help else saved
         raise
@@ -124,7 +124,7 @@ def check_space(checkpoints: Path, size: int, keep: int) -> None:
     Raises:
         RunFailed: `storage.full`, with the bytes needed and available.
     """
-    missing = max(1, keep + 1 - len(_steps(checkpoints)))
+    missing = max(1, keep + 1 - len(saved_steps(checkpoints)))
     try:
         require_space(checkpoints, missing * size)
     except RunFailed as error:
@@ -134,7 +134,7 @@ def check_space(checkpoints: Path, size: int, keep: int) -> None:
 
 def prune(checkpoints: Path, keep: int, best: int | None) -> None:
     """Remove all but the newest `keep` checkpoints and the best one."""
-    steps = _steps(checkpoints)
+    steps = saved_steps(checkpoints)
     for step in steps[:-keep]:
         if step != best:
             remove_folder(checkpoints / step_name(step))
@@ -147,7 +147,7 @@ def newest(checkpoints: Path) -> tuple[Checkpoint | None, list[Notice]]:
         RunFailed: when there are checkpoints and none is good.
     """
     skipped = []
-    for step in reversed(_steps(checkpoints)):
+    for step in reversed(saved_steps(checkpoints)):
         folder = checkpoints / step_name(step)
         if reason := _damage(folder):
             skipped.append((step, reason))
@@ -183,7 +183,7 @@ def set_damaged_aside(checkpoints: Path, good: int) -> None:
     Raises:
         RunFailed: when the disk refuses.
     """
-    for step in _steps(checkpoints):
+    for step in saved_steps(checkpoints):
         if step > good:
             set_aside(checkpoints / step_name(step), f".bad-{step_name(step)}")
 
@@ -253,7 +253,8 @@ def step_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def _steps(checkpoints: Path) -> list[int]:
+def saved_steps(checkpoints: Path) -> list[int]:
+    """Return the steps of the checkpoints that are there, good or not, from the first on."""
     if not checkpoints.is_dir():
         return []
     matches = (NAME.fullmatch(entry.name) for entry in checkpoints.iterdir())
@@ -286,7 +287,7 @@ def _check_written(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def _size(checkpoints: Path, optimizer: Mapping[str, torch.Tensor]) -> int:
     """Return the bytes that a checkpoint takes: as many as the last one, else what is known."""
-    for step in _steps(checkpoints)[-1:]:
+    for step in saved_steps(checkpoints)[-1:]:
         files = (checkpoints / step_name(step)).rglob("*")
         return sum(path.stat().st_size for path in files)
     # Two moments of AdamW, and the adapter of the same size.

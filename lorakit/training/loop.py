@@ -99,6 +99,7 @@ def step(run: Run, index: int) -> bool:
         process when it is in one.
     """
     gradients, settings, total = run.gradients, run.plan.recipe.train, run.plan.steps.total
+    run.stop.doing = f"finishing step {index + 1}{_in_time(run)}, then saving"
     rate = optim.set_rate(run.optimizer, optim.factor(settings, index, total))
     tokens, trained = run.plan.steps.tokens_of(index)
     batches = run.plan.steps.step(index)  # none, where there are more processes than rows
@@ -161,6 +162,10 @@ def accumulate(run: Run, index: int, batches: Sequence[Batch], trained: int) -> 
         torch.autograd.backward(penalty * run.scale.value / run.runtime.processes)
     gradients.stops += float(run.stop.requested)
     return None
+
+
+def _in_time(run: Run) -> str:
+    return "" if run.stop.grace is None else f", or dropping it where {run.stop.grace:g} s are few"
 
 
 def is_dropped(run: Run) -> bool:
@@ -260,6 +265,7 @@ def evaluate(run: Run) -> bool:
     Raises:
         RunFailed: when the loss is not finite.
     """
+    run.stop.doing = f"leaving the evaluation after step {run.state.step}, then saving"
     adapters.set_training(run.model, False)
     batches = eval_batches(run.plan.dataset.eval, packing=bool(run.plan.packing))
     share = itertools.islice(batches, run.runtime.process, None, run.runtime.processes)

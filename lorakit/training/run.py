@@ -188,6 +188,10 @@ def _in_every(runtime: Runtime, holds: bool) -> bool:
 
 def save(run: Run) -> None:
     """Write a checkpoint of the step just done, then let old ones go."""
+    done, total = run.state.step, run.plan.steps.total
+    run.stop.doing = f"saving step {done}"
+    if done < total:  # the answer to a signal is looked for after the next step
+        run.stop.doing += f", then finishing and saving step {done + 1}"
     run.state.method = run.method.state()
     run.state.loss_scale = run.scale.value.item()
     run.state.finite_steps = int(run.scale.finite_steps)

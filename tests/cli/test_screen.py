@@ -254,6 +254,23 @@ def test_work_goes_on_when_nobody_reads_what_it_says() -> None:
     assert os.read(done, 10) == b"done"
 
 
+@pytest.mark.parametrize("live", [False, True])
+def test_a_signal_is_answered_past_the_buffer_of_the_stream(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, live: bool
+) -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as said, os.fdopen(writing, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setattr(Screen, "live", live)
+        stream.write("half of a line")
+        screen = Screen("train", quiet=True)
+        screen.log_to(tmp_path / "log.txt")
+        screen.answer("finishing step 2", progress=True)
+        screen.answer("stopped")
+        assert os.read(said.fileno(), 100) == b"\r\x1b[2K" * live + b"stopped\n"
+    assert (tmp_path / "log.txt").read_text() == "finishing step 2\nstopped\n"
+
+
 def test_the_log_holds_what_was_said_before_there_was_one(tmp_path: Path) -> None:
     screen = Screen("train")
     screen.say("the plan")
