@@ -37,6 +37,9 @@ class State:
     `inexact`: what was not as it had been when the run went on.
     `owes_evaluation`: a signal came before the evaluation of this step had ended.
     `finite_steps`: in a row, since the loss scale last changed.
+    `seconds`: of all sessions; those of `training_seconds` are without evaluating and saving.
+    `untimed_tokens`: of steps whose time a checkpoint did not hold yet.
+    `peak_bytes`: the most memory of any session.
     """
 
     step: int = 0
@@ -50,7 +53,16 @@ class State:
     owes_evaluation: bool = False
     loss_scale: float = 1.0
     finite_steps: int = 0
+    seconds: float = 0.0
+    training_seconds: float = 0.0
+    untimed_tokens: int = 0
+    peak_bytes: int = 0
     method: dict[str, Any] = field(default_factory=dict)
+
+    def rate(self, tokens: int) -> float:
+        """Return the tokens a second of training, when so many had been seen."""
+        seconds = self.training_seconds
+        return (tokens - self.untimed_tokens) / seconds if seconds else 0.0
 
 
 @dataclass(frozen=True)
@@ -307,6 +319,9 @@ def _open(folder: Path) -> Checkpoint:
     known = get_type_hints(State)
     if schema != SCHEMA or not isinstance(state, dict) or not isinstance(pinned, dict):
         raise _not_ours(folder, "state.json has no schema, state and pinned")
+    if "seconds" not in state:  # as it was written before a run's time was counted
+        figures = {"seconds": 0.0, "training_seconds": 0.0, "peak_bytes": 0}
+        state |= figures | {"untimed_tokens": state.get("tokens")}
     if state.keys() != known.keys():
         raise BadInput(
             "checkpoint.changed",
@@ -324,6 +339,9 @@ def _open(folder: Path) -> Checkpoint:
         raise _not_ours(folder, f"state.loss_scale is {state['loss_scale']}")
     if not 0 <= state["finite_steps"] < loss_scale.DOUBLES_AFTER:
         raise _not_ours(folder, f"state.finite_steps is {state['finite_steps']}")
+    for key, most in (("training_seconds", "seconds"), ("untimed_tokens", "tokens")):
+        if not 0 <= state[key] <= state[most]:
+            raise _not_ours(folder, f"state.{key} is {state[key]}")
     return Checkpoint(folder, State(**state), pinned)
 
 

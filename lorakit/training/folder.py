@@ -213,6 +213,23 @@ def interruptible(path: Path) -> Iterator[None]:
         raise checkpoint.interrupted(ended.signal, path / "checkpoints", step) from None
 
 
+def ended(path: Path, runtime: Runtime, pinned: Mapping[str, Any]) -> RunFolder | None:
+    """Return the folder of a run that has finished and would go on as it began, else None.
+
+    Nothing is written: where nothing is left to do, its figures stay what they are.
+
+    Raises:
+        BadInput: as `opened` does.
+        RunFailed: when it has checkpoints and none is good.
+    """
+    if not os.path.lexists(path / RUN):
+        return None
+    if strict_json.read_object(path / RUN, "checkpoint").get("status") != "finished":
+        return None
+    folder = _found(path, "resume-or-start", runtime, pinned, allow_inexact=True)
+    return folder if folder.resume and not folder.changed else None
+
+
 def _found(
     path: Path, mode: Mode, runtime: Runtime, pinned: Mapping[str, Any], *, allow_inexact: bool
 ) -> RunFolder:

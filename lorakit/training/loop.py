@@ -58,6 +58,7 @@ def carry_out(run: Run) -> None:
     """Take the steps that are left; evaluate, save and stop where it is due."""
     plan = run.plan
     settings, steps = plan.recipe.train, plan.steps
+    run.clock(training=False)  # of getting ready
     with run.reporter:
         if run.state.owes_evaluation:
             conclude(run, saves=True, stopping=False)
@@ -187,12 +188,12 @@ def read_numbers(run: Run, keep: int) -> bool:
     while len(run.pending) > keep:
         pending = run.pending.pop(0)
         loss, norm, spoilt, stops, scale = pending.numbers.read()
+        run.clock(training=True)
         asked |= stops > 0
         if spoilt:
             skip(run, pending.step, loss, norm, scale)
             continue
         run.state.loss = loss
-        seconds = time.monotonic() - run.began
         run.reporter.step(
             StepRecord(
                 step=pending.step + 1,
@@ -202,7 +203,7 @@ def read_numbers(run: Run, keep: int) -> bool:
                 grad_norm=norm,
                 tokens=pending.tokens,
                 trained_tokens=pending.trained_tokens,
-                tokens_per_second=(pending.tokens - run.first_token) / seconds,
+                tokens_per_second=run.state.rate(pending.tokens),
                 mem_used=run.runtime.used_bytes(),
                 mem_peak=run.peak_bytes(),
             )
@@ -276,6 +277,7 @@ def evaluate(run: Run) -> bool:
         dtype=torch.float64,
     )
     nll, tokens, stops = run.runtime.sum(sums.to(run.runtime.device)).tolist()
+    run.clock(training=False)
     if stops:
         return False
     loss, state = nll / max(1, tokens), run.state
