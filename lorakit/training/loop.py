@@ -267,6 +267,7 @@ def evaluate(run: Run) -> bool:
         RunFailed: when the loss is not finite.
     """
     run.stop.doing = f"leaving the evaluation after step {run.state.step}, then saving"
+    run.reporter.evaluating(run.state.step)
     adapters.set_training(run.model, False)
     batches = eval_batches(run.plan.dataset.eval, packing=bool(run.plan.packing))
     share = itertools.islice(batches, run.runtime.process, None, run.runtime.processes)
