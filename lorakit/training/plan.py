@@ -212,7 +212,7 @@ def make(
         shape,
         setup,
         free,
-        (*notices, *_warmup(recipe, steps.total)),
+        (*notices, *_warmup(recipe, steps.total), *checks.slow_dtype(recipe, dtype, device)),
     )
 
 

@@ -112,7 +112,8 @@ class Rate:
     def measured(cls, runtime: Runtime, dtype: torch.dtype) -> "Rate":
         """Time a product on the device of a run."""
         found = runtime.product_rate(dtype)
-        source = f"{SHARE_OF_MEASURED:.0%} of {found / 1e9:,.0f} GFLOP/s, measured now"
+        shown = f"{found / 1e9:,.0f}" if found >= 1e10 else f"{found / 1e9:.2g}"
+        source = f"{SHARE_OF_MEASURED:.0%} of {shown} GFLOP/s, measured now"
         return cls(SHARE_OF_MEASURED * found, source)
 
 

@@ -193,6 +193,21 @@ def test_a_paged_optimizer_without_a_gpu_is_told_or_refused(recipe: str) -> None
     assert json.loads(ended.stdout)["error"]["id"] == "env.missing-device"
 
 
+def test_a_dtype_without_fast_kernels_is_told(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = torch.ops.mkldnn
+    monkeypatch.setattr(library, "_is_mkldnn_fp16_supported", lambda: False, raising=False)
+    slow = ["plan", recipe, "-s", "model.dtype=fp16"]
+    (warning,) = json.loads(runner.invoke(app, [*slow, "--json"]).stdout)["warnings"]
+    assert warning["id"] == "run.slow-dtype"
+    assert "fp16 has no fast kernels on this CPU" in warning["message"]
+    ended = runner.invoke(app, slow)
+    assert "set model.dtype to auto" in ended.stderr
+    assert " 0 GFLOP/s" not in ended.stdout
+    # A card has them.
+    on_card = json.loads(runner.invoke(app, [*slow, "--gpu", "L40S", "--json"]).stdout)
+    assert on_card["warnings"] == []
+
+
 def test_offload_without_a_gpu_recomputes_all_layers_and_says_so(recipe: str) -> None:
     ended = runner.invoke(app, ["plan", recipe, "-s", "train.gradient_checkpointing=offload"])
     assert ended.exit_code == 0, ended.stderr

@@ -44,6 +44,12 @@ def test_a_rate_says_where_it_comes_from() -> None:
     assert "on paper" in paper.source
 
 
+def test_a_rate_below_one_gflops_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Runtime, "product_rate", lambda *_: 0.34e9)
+    found = Rate.measured(Runtime(torch.device("cpu")), torch.float16)
+    assert found.source == "65% of 0.34 GFLOP/s, measured now"
+
+
 @pytest.mark.model
 @pytest.mark.slow  # two steps of 135 M parameters
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
