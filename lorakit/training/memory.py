@@ -133,6 +133,11 @@ class Memory:
         return sum(self.parts.values())
 
 
+def gib(size: float) -> str:
+    """Write bytes as people read them, so that what is just too much shows as more."""
+    return f"{size / GIB:.2f} GiB"
+
+
 def estimate(shape: Shape, setup: Setup) -> Memory:
     """Estimate the peak of a step."""
     states = optimizer_bytes(shape, setup.optimizer)
