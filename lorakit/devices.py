@@ -29,6 +29,13 @@ def has_amx() -> bool:
     return torch.cpu._is_amx_tile_supported()
 
 
+def has_fast_kernels(dtype: torch.dtype, device: torch.device) -> bool:
+    """Tell whether products in a dtype are fast on a device: fp16 is not on most CPUs."""
+    if device.type != "cpu" or dtype is not torch.float16:
+        return True
+    return bool(torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
 def capability(device: torch.device) -> tuple[int, int] | None:
     """Return the compute capability of a GPU, None for a device that is none."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None

@@ -168,6 +168,7 @@ class Notice:
         adapter.unknown-setting
         recipe.unusual-value recipe.no-effect
         target.uneven plan.does-not-fit run.packing-off run.optimizer run.no-offload
+        run.slow-dtype
         plan.rough-estimate model.no-weights model.unused-tensors
         model.quantized-on-cpu model.experts-dense
         """.split()

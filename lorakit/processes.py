@@ -173,8 +173,8 @@ def raising_on_signals() -> Iterator[None]:
 class Stop:
     """A flag that, in a `with` block, the first of `SIGNALS` sets; a second one ends the process.
 
-    The handler does nothing else, so that it is safe wherever the signal arrives. Steps and
-    evaluations poll `requested`.
+    Steps and evaluations poll `requested`. What `heard` and `given_up` do comes between any two
+    instructions of the process: it must neither wait for a lock nor write into a buffer.
 
     Args:
         grace: seconds from the signal to the end of the process, where they are limited.
@@ -183,6 +183,7 @@ class Stop:
     def __init__(self, grace: float | None = None) -> None:
         self.signal: signal.Signals | None = None
         self.grace = grace
+        self.doing = "finishing what is begun"  # what still happens once somebody asks to stop
         self._received = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
@@ -196,6 +197,12 @@ class Stop:
             return False
         return time.monotonic() + seconds > self._received + self.grace
 
+    def heard(self) -> None:
+        """Answer the first signal; nobody does here."""
+
+    def given_up(self) -> None:
+        """Answer the second signal, before it ends the process; nobody does here."""
+
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
@@ -205,6 +212,14 @@ class Stop:
             signal.signal(number, handler)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
-        if self.signal is not None:
+        if self.signal is None:
+            self.signal, self._received = signal.Signals(number), time.monotonic()
+            self.heard()
+            return
+        self.signal = signal.Signals(number)
+        for other in SIGNALS:  # a third one does not wait for the answer
+            signal.signal(other, signal.SIG_DFL)
+        try:
+            self.given_up()
+        finally:
             end_by(signal.Signals(number))
-        self.signal, self._received = signal.Signals(number), time.monotonic()

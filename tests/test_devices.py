@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lorakit.devices import best_dtype, resolve_dtype
+from lorakit.devices import best_dtype, has_fast_kernels, resolve_dtype
 from lorakit.errors import EnvironmentLacks
 
 CPU = torch.device("cpu")
@@ -21,3 +21,14 @@ def test_dtypes_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_dtype("auto", torch.device("cuda")) is torch.float16
     with pytest.raises(EnvironmentLacks, match=r"Tesla T4 \(sm_75\) has no native bf16"):
         resolve_dtype("bf16", torch.device("cuda"))
+
+
+@pytest.mark.parametrize("supported", [False, True])
+def test_fp16_is_slow_on_a_cpu_without_kernels_for_it(
+    monkeypatch: pytest.MonkeyPatch, supported: bool
+) -> None:
+    library = torch.ops.mkldnn
+    monkeypatch.setattr(library, "_is_mkldnn_fp16_supported", lambda: supported, raising=False)
+    assert has_fast_kernels(torch.float16, CPU) is supported
+    for dtype, device in ((torch.float32, CPU), (torch.float16, torch.device("cuda"))):
+        assert has_fast_kernels(dtype, device)

@@ -56,6 +56,25 @@ def test_a_second_signal_ends_the_process_by_that_signal() -> None:
     assert ended.returncode == -signal.SIGINT
 
 
+@pytest.mark.parametrize(
+    "answer", ["print('given up', flush=True)", "raise OSError", "os.kill(os.getpid(), number)"]
+)
+def test_a_second_signal_is_answered_and_ends_the_process_whatever_the_answer(answer: str) -> None:
+    """Also where the answer hangs and a third one comes."""
+    program = (
+        "import os, signal; from lorakit.processes import Stop; number = signal.SIGTERM\n"
+        "class Answered(Stop):\n"
+        "    def heard(self): print('heard', self.doing, flush=True)\n"
+        f"    def given_up(self): {answer}\n"
+        "stop = Answered().__enter__(); stop.doing = 'step 2'\n"
+        "for _ in range(2): os.kill(os.getpid(), number)\n"
+        "print('lives')"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.stdout == "heard step 2\n" + "given up\n" * ("print" in answer)
+    assert ended.returncode == -signal.SIGTERM
+
+
 @pytest.mark.slow  # starts Python three times
 def test_a_launched_command_hands_its_exit_code_on() -> None:
     program = (

@@ -56,6 +56,30 @@ def test_the_peak_can_be_measured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Runtime(CPU).peak_bytes() > before + loading / 2
 
 
+class Slow(torch.Tensor):
+    """A tensor whose products take a time of their own; the clock stands still otherwise."""
+
+    now, seconds_a_flop = 0.0, 0.0
+
+    def __matmul__(self, other: torch.Tensor) -> "Slow":
+        type(self).now += 2 * len(self) * other.numel() * self.seconds_a_flop
+        return torch.zeros(len(self), other.shape[1]).as_subclass(Slow)
+
+
+@pytest.mark.parametrize("rate", [1e8, 5e9, 1e12])
+def test_the_rate_of_products_is_found_within_a_second_whatever_it_is(
+    monkeypatch: pytest.MonkeyPatch, rate: float
+) -> None:
+    """fp16 was timed with a product that took a hundred seconds, and told nothing of a step."""
+    ones = torch.ones
+    monkeypatch.setattr(Slow, "now", 0.0)
+    monkeypatch.setattr(Slow, "seconds_a_flop", 1 / rate)
+    monkeypatch.setattr(torch, "ones", lambda *size, **_: ones(*size).as_subclass(Slow))
+    monkeypatch.setattr("lorakit.runtime.time.perf_counter", lambda: Slow.now)
+    assert Runtime(CPU).product_rate(torch.float16) == pytest.approx(rate)
+    assert 0.025 < Slow.now < 1.5
+
+
 def two(action: Callable[[Runtime], None]) -> list[Child]:
     """Start two processes that lose patience with each other after two seconds."""
     with socket.socket() as probe:

@@ -68,6 +68,10 @@ def _run() -> int:
     try:
         return int(app(prog_name="lorakit", standalone_mode=False) or 0)
     except TyperException as error:
+        # Typer keeps this class to itself. A command that was only named wants to be explained.
+        if type(error).__name__ == "NoArgsIsHelpError":
+            write_result(f"{error.format_message()}\n")
+            return error.exit_code
         Screen("usage", json="--json" in sys.argv).fail(_usage(error))
         return error.exit_code
 

@@ -9,7 +9,6 @@ import typer
 from lorakit.cli.command import AllowLocalCode, AllowRemoteCode, RecipeArgument, SetOption, command
 from lorakit.cli.screen import Screen, usage
 from lorakit.errors import BadInput, CheckFailed
-from lorakit.host import GIB
 from lorakit.storage.publish import check_file
 
 if TYPE_CHECKING:
@@ -40,6 +39,7 @@ def plan(
     from lorakit.cli.recipe_argument import read_recipe
     from lorakit.runtime import start
     from lorakit.training import summary
+    from lorakit.training.memory import gib
     from lorakit.training.plan import Permissions, make
     from lorakit.training.speed import Rate, card
     from lorakit.training.trial import trial
@@ -68,7 +68,7 @@ def plan(
         facts["measured"] = seen.facts()
     if change:
         facts["change"] = change.keys
-        lines.append(("Change", f"{change.options}  = {summary.gib(change.memory)}"))
+        lines.append(("Change", f"{change.options}  = {gib(change.memory.total)}"))
     if fit and change:
         screen.say(f"wrote {write_fitting(fit, plan_with(change.overrides))}")
     elif fit and error is None:
@@ -83,6 +83,7 @@ def plan(
 def does_not_fit(plan: "Plan", change: "Change | None") -> CheckFailed | None:
     """Return the error that a plan ends in where it needs more memory or disk than there is."""
     from lorakit.training import summary
+    from lorakit.training.memory import gib
 
     if not plan.fits:
         return will_not_fit(plan, change)
@@ -90,16 +91,16 @@ def does_not_fit(plan: "Plan", change: "Change | None") -> CheckFailed | None:
     free = disk.pop("free")
     if sum(disk.values()) <= free:
         return None
-    needs, there = f"{sum(disk.values()) / GIB:.1f} GiB of disk", f"{free / GIB:.1f} GiB"
+    needs, there = f"{gib(sum(disk.values()))} of disk", gib(free)
     help = "lower train.keep_checkpoints, or move output_dir"
     return CheckFailed(ID, f"needs about {needs}, {there} are there", help=help)
 
 
 def will_not_fit(plan: "Plan", change: "Change | None") -> CheckFailed:
     """Return the error of a plan that needs more memory than there is, and what would help."""
-    from lorakit.training import summary
+    from lorakit.training.memory import gib
 
-    needs, there = summary.gib(plan.memory), f"{plan.free_bytes / GIB:.1f} GiB"
+    needs, there = gib(plan.memory.total), gib(plan.free_bytes)
     help = "nothing in the recipe makes it small enough; take a smaller base"
     if change:
         help = f"it fits with {change.options}"

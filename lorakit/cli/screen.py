@@ -87,6 +87,19 @@ class Screen:
         if not self.quiet:
             self.err.write_line(text)
 
+    def answer(self, text: str, *, progress: bool = False) -> None:
+        """Write one line at once, as the handler of a signal may: past the buffer of the stream.
+
+        A line that is being redrawn gives its place to it, and is drawn again below. `progress` is
+        what `--quiet` keeps from stderr.
+        """
+        text = self._clean(_visible(text))
+        line = f"\r\x1b[2K{text}\n" if self.live else f"{text}\n"
+        if not (progress and self.quiet):
+            with suppress(OSError):
+                os.write(sys.stderr.fileno(), line.encode())
+        self._note(text)
+
     def notice(self, *notices: Notice) -> None:
         """Show warnings on stderr, once each, and remember them for the JSON document.
 

@@ -5,7 +5,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from lorakit import adapters, environment
 from lorakit.cli.merge_losses import losses_of
 from lorakit.cli.plan import find_change, will_not_fit
 from lorakit.cli.screen import Screen
+from lorakit.cli.stopping import AnsweredStop, command_again
 from lorakit.errors import BadInput, Interrupted, Notice
 from lorakit.export import merge as merging
 from lorakit.export.card import write_card
@@ -22,10 +23,10 @@ from lorakit.recipe.dump import dump
 from lorakit.recipe.files import RESOLVED
 from lorakit.recipe.sections import Recipe
 from lorakit.runtime import Runtime, start
-from lorakit.storage.redact import redact
+from lorakit.storage.redact import printable, redact
 from lorakit.training import folder as folders
 from lorakit.training import passports, summary
-from lorakit.training.checkpoint import check_space
+from lorakit.training.checkpoint import State, check_space
 from lorakit.training.folder import Mode, RunFolder
 from lorakit.training.loop import train as train_plan
 from lorakit.training.plan import Permissions, Plan, make
@@ -75,13 +76,18 @@ def run(
             if plan.base.file_bytes > LARGE:
                 screen.say("Reading   every byte of the base once, so that a resume knows it again")
             pinned = passports.pinned(plan, runtime)
+            done = folders.ended(path, runtime, pinned) if goes_on else None
+            if done and nothing_to_do(plan, done):
+                screen.notice(*(done.notices if runtime.is_main else ()))
+                return already_finished(plan, done) if runtime.is_main else None
             with folders.opened(path, mode, runtime, pinned, allow_inexact=allow_inexact) as folder:
-                stop = Stop(grace)
+                answered = AnsweredStop(screen, folder, runtime.processes, grace)
+                stop = answered if runtime.is_main else Stop(grace)
                 return carried_out(
                     screen, plan, runtime, folder, permissions, stop, goes_on=goes_on
                 )
     except Interrupted as error:
-        error.help = f"go on with: {_command_to_resume(runtime)}"
+        error.help = f"go on with: {command_again('--resume', runtime.processes)}"
         raise
 
 
@@ -163,20 +169,13 @@ def carried_out(
     outcome = train_plan(plan, runtime, folder, reporter, stop)
     if not runtime.is_main:
         return None
-    folder.note(**asdict(outcome))
+    folder.note(**asdict(outcome), merged=None)
     write_card(folder.adapter)
     if recipe.merge.enabled and stop.signal:  # it came in the last step, after which nothing stops
         raise Signalled(stop.signal)
     asked = recipe.merge.enabled
     merged = merge_run(screen, plan, folder, runtime, permissions) if asked else None
     return finished(plan, folder, outcome, merged)
-
-
-def _command_to_resume(runtime: Runtime) -> str:
-    modes = ("--resume", "--resume-or-start", "--overwrite")
-    words = [word for word in sys.argv[1:] if word not in modes]
-    several = ["--nproc", str(runtime.processes)] if runtime.processes > 1 else []
-    return shlex.join(["lorakit", *words, *several, "--resume"])
 
 
 def merge_run(
@@ -201,6 +200,7 @@ def merge_run(
         with screen.progress("Merging", merge_plan.work) as advance:
             report = merging.merge(merge_plan, runtime, advance, losses)
     screen.say(f"Verified  {merging.verdict(report)}")
+    folder.note(merged=str(merge_plan.out))
     return merge_plan.out
 
 
@@ -252,6 +252,33 @@ def record(plan: Plan, runtime: Runtime, folder: RunFolder) -> None:
     )
 
 
+def nothing_to_do(plan: Plan, folder: RunFolder) -> bool:
+    """Tell whether a finished run has taken all steps of a plan and left all that is asked for."""
+    state, merge = folder.resume.state if folder.resume else State(), plan.recipe.merge
+    out = [Path(merge.out)] if merge.enabled else []
+    merged = not out or folder.facts.get("merged") == str(out[0])
+    ended = state.step == plan.steps.total and not state.owes_evaluation
+    return ended and merged and all(path.is_dir() for path in (folder.adapter, *out))
+
+
+def already_finished(plan: Plan, folder: RunFolder) -> Finished:
+    """Say that a run has nothing left to do, with the figures that it had."""
+    merged, total = folder.facts.get("merged"), plan.steps.total
+    facts = {
+        "run_dir": str(folder.path),
+        "adapter_dir": str(folder.adapter),
+        "merged_dir": merged,
+        **{figure.name: folder.facts.get(figure.name) for figure in fields(Outcome)},
+    }
+    lines = [
+        f"Run       already finished ({total} of {total} steps); nothing to do",
+        f"Adapter   {folder.adapter}",
+        *([f"Merged    {printable(str(merged))}"] if merged else []),
+        f"Next      {_next(plan, folder)}",
+    ]
+    return Finished("\n".join(lines), facts)
+
+
 def finished(plan: Plan, folder: RunFolder, outcome: Outcome, merged: Path | None) -> Finished:
     """Put the result into words and into the keys of `--json`."""
     facts = {
@@ -262,7 +289,8 @@ def finished(plan: Plan, folder: RunFolder, outcome: Outcome, merged: Path | Non
     }
     lines = [
         f"Trained   {outcome.steps} steps, {outcome.tokens:,} tokens in "
-        f"{duration(outcome.wall_seconds)} ({outcome.tokens_per_second:,.0f} tokens/s), "
+        f"{duration(outcome.wall_seconds)} ({duration(outcome.training_seconds)} training, "
+        f"{outcome.tokens_per_second:,.0f} tokens/s), "
         f"peak {outcome.peak_memory_bytes / GIB:.1f} GiB",
         f"Loss      {_loss(outcome)}",
         f"Adapter   {folder.adapter}",

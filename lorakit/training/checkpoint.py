@@ -37,6 +37,9 @@ class State:
     `inexact`: what was not as it had been when the run went on.
     `owes_evaluation`: a signal came before the evaluation of this step had ended.
     `finite_steps`: in a row, since the loss scale last changed.
+    `seconds`: of all sessions; those of `training_seconds` are without evaluating and saving.
+    `untimed_tokens`: of steps whose time a checkpoint did not hold yet.
+    `peak_bytes`: the most memory of any session.
     """
 
     step: int = 0
@@ -50,7 +53,16 @@ class State:
     owes_evaluation: bool = False
     loss_scale: float = 1.0
     finite_steps: int = 0
+    seconds: float = 0.0
+    training_seconds: float = 0.0
+    untimed_tokens: int = 0
+    peak_bytes: int = 0
     method: dict[str, Any] = field(default_factory=dict)
+
+    def rate(self, tokens: int) -> float:
+        """Return the tokens a second of training, when so many had been seen."""
+        seconds = self.training_seconds
+        return (tokens - self.untimed_tokens) / seconds if seconds else 0.0
 
 
 @dataclass(frozen=True)
@@ -95,7 +107,7 @@ def save(
             (folder / "state.json").write_text(strict_json.dumps(written), encoding="utf-8")
             write_manifest(folder)
     except RunFailed as error:
-        if last := [step for step in _steps(checkpoints) if step < state.step][-1:]:
+        if last := [step for step in saved_steps(checkpoints) if step < state.step][-1:]:
             saved = f"step {last[0]} is saved, go on from there with --resume"
             error.help = f"{saved}; {error.help}" if error.help else saved
         raise
@@ -124,7 +136,7 @@ def check_space(checkpoints: Path, size: int, keep: int) -> None:
     Raises:
         RunFailed: `storage.full`, with the bytes needed and available.
     """
-    missing = max(1, keep + 1 - len(_steps(checkpoints)))
+    missing = max(1, keep + 1 - len(saved_steps(checkpoints)))
     try:
         require_space(checkpoints, missing * size)
     except RunFailed as error:
@@ -134,7 +146,7 @@ def check_space(checkpoints: Path, size: int, keep: int) -> None:
 
 def prune(checkpoints: Path, keep: int, best: int | None) -> None:
     """Remove all but the newest `keep` checkpoints and the best one."""
-    steps = _steps(checkpoints)
+    steps = saved_steps(checkpoints)
     for step in steps[:-keep]:
         if step != best:
             remove_folder(checkpoints / step_name(step))
@@ -147,7 +159,7 @@ def newest(checkpoints: Path) -> tuple[Checkpoint | None, list[Notice]]:
         RunFailed: when there are checkpoints and none is good.
     """
     skipped = []
-    for step in reversed(_steps(checkpoints)):
+    for step in reversed(saved_steps(checkpoints)):
         folder = checkpoints / step_name(step)
         if reason := _damage(folder):
             skipped.append((step, reason))
@@ -183,7 +195,7 @@ def set_damaged_aside(checkpoints: Path, good: int) -> None:
     Raises:
         RunFailed: when the disk refuses.
     """
-    for step in _steps(checkpoints):
+    for step in saved_steps(checkpoints):
         if step > good:
             set_aside(checkpoints / step_name(step), f".bad-{step_name(step)}")
 
@@ -253,7 +265,8 @@ def step_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def _steps(checkpoints: Path) -> list[int]:
+def saved_steps(checkpoints: Path) -> list[int]:
+    """Return the steps of the checkpoints that are there, good or not, from the first on."""
     if not checkpoints.is_dir():
         return []
     matches = (NAME.fullmatch(entry.name) for entry in checkpoints.iterdir())
@@ -286,7 +299,7 @@ def _check_written(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def _size(checkpoints: Path, optimizer: Mapping[str, torch.Tensor]) -> int:
     """Return the bytes that a checkpoint takes: as many as the last one, else what is known."""
-    for step in _steps(checkpoints)[-1:]:
+    for step in saved_steps(checkpoints)[-1:]:
         files = (checkpoints / step_name(step)).rglob("*")
         return sum(path.stat().st_size for path in files)
     # Two moments of AdamW, and the adapter of the same size.
@@ -306,6 +319,9 @@ def _open(folder: Path) -> Checkpoint:
     known = get_type_hints(State)
     if schema != SCHEMA or not isinstance(state, dict) or not isinstance(pinned, dict):
         raise _not_ours(folder, "state.json has no schema, state and pinned")
+    if "seconds" not in state:  # as it was written before a run's time was counted
+        figures = {"seconds": 0.0, "training_seconds": 0.0, "peak_bytes": 0}
+        state |= figures | {"untimed_tokens": state.get("tokens")}
     if state.keys() != known.keys():
         raise BadInput(
             "checkpoint.changed",
@@ -323,6 +339,9 @@ def _open(folder: Path) -> Checkpoint:
         raise _not_ours(folder, f"state.loss_scale is {state['loss_scale']}")
     if not 0 <= state["finite_steps"] < loss_scale.DOUBLES_AFTER:
         raise _not_ours(folder, f"state.finite_steps is {state['finite_steps']}")
+    for key, most in (("training_seconds", "seconds"), ("untimed_tokens", "tokens")):
+        if not 0 <= state[key] <= state[most]:
+            raise _not_ours(folder, f"state.{key} is {state[key]}")
     return Checkpoint(folder, State(**state), pinned)
 
 

@@ -1,8 +1,11 @@
-"""What a plan refuses before anything is spent: parts of a recipe that do not go together."""
+"""What a plan refuses or warns of before anything is spent: parts that do not go together."""
+
+import torch
 
 from lorakit.adapters import Method
 from lorakit.data.source import check_found
-from lorakit.errors import BadInput
+from lorakit.devices import best_dtype, has_fast_kernels
+from lorakit.errors import BadInput, Notice
 from lorakit.model.base import Base
 from lorakit.model.quantized import Quantization
 from lorakit.recipe.sections import Recipe
@@ -41,3 +44,13 @@ def check_after(recipe: Recipe, base: Base, method: Method, how: Quantization | 
             help="set merge.base_weights: dequantised; or merge.enabled: false, and after training "
             "`lorakit merge` with --base and the model that it was made from",
         )
+
+
+def slow_dtype(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> list[Notice]:
+    """Return a notice where the device has no fast kernels for the dtype: a step takes minutes."""
+    if has_fast_kernels(dtype, device):
+        return []
+    best = "fp32" if best_dtype(device) is torch.float32 else "bf16"
+    message = f"model.dtype: {recipe.model.dtype} has no fast kernels on this CPU"
+    help = f"set model.dtype to auto, which is {best} here"
+    return [Notice("run.slow-dtype", message, recipe.origin.place("model", "dtype"), help)]

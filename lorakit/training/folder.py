@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorakit.environment import all_variables
-from lorakit.errors import BadInput, LorakitError, Notice, Place, RunFailed
+from lorakit.errors import BadInput, Interrupted, LorakitError, Notice, Place, RunFailed
 from lorakit.processes import Signalled
 from lorakit.runtime import Runtime
 from lorakit.storage import strict_json
@@ -20,7 +20,7 @@ from lorakit.storage.paths import open_regular
 from lorakit.storage.publish import check_place, is_aside, publish_file, remove_folder, sweep
 from lorakit.storage.redact import printable, redact
 from lorakit.training import checkpoint
-from lorakit.training.checkpoint import Checkpoint
+from lorakit.training.checkpoint import Checkpoint, saved_steps
 
 Mode = Literal["start", "resume", "resume-or-start", "overwrite"]
 # What a folder may hold before its first run: the lock, and a log that is written from the start.
@@ -109,10 +109,10 @@ class RunFolder:
                 sync(self.metrics)
                 sync(self.path)
 
-    def end(self, status: str, error: BaseException) -> None:
+    def end(self, status: str, reason: str) -> None:
         """Note what the run was ended by; the disk may be just that."""
         with suppress(LorakitError):
-            self.note(status=status, ended_by=redact(str(error), all_variables()))
+            self.note(status=status, ended_by=redact(reason, all_variables()))
 
     def write(self, name: str, content: str | bytes) -> None:
         """Write one file of the folder, beside its place and renamed."""
@@ -175,11 +175,11 @@ def opened(
             if made and not folder.at_work:
                 _remove(made)
             else:
-                folder.end("failed", error)
+                folder.end("failed", str(error))
             raise
         except BaseException as error:
-            stopped = isinstance(error, LorakitError) and error.exit_code == 75
-            folder.end("interrupted" if stopped else "failed", error)
+            stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
+            folder.end("interrupted" if stopped else "failed", str(error))
             raise
 
 
@@ -211,6 +211,23 @@ def interruptible(path: Path) -> Iterator[None]:
             raise
         step = found.state.step
         raise checkpoint.interrupted(ended.signal, path / "checkpoints", step) from None
+
+
+def ended(path: Path, runtime: Runtime, pinned: Mapping[str, Any]) -> RunFolder | None:
+    """Return the folder of a run that has finished and would go on as it began, else None.
+
+    Nothing is written: where nothing is left to do, its figures stay what they are.
+
+    Raises:
+        BadInput: as `opened` does.
+        RunFailed: when it has checkpoints and none is good.
+    """
+    if not os.path.lexists(path / RUN):
+        return None
+    if strict_json.read_object(path / RUN, "checkpoint").get("status") != "finished":
+        return None
+    folder = _found(path, "resume-or-start", runtime, pinned, allow_inexact=True)
+    return folder if folder.resume and not folder.changed else None
 
 
 def _found(
@@ -280,11 +297,16 @@ def supersede(metrics: Path, step: int) -> None:
 
 
 def _nothing_to_resume(path: Path) -> BadInput:
+    is_begun = os.path.lexists(
+        path / RUN
+    )  # which a run without a mode might have to leave as it is
     return BadInput(
         "checkpoint.none",
         "--resume finds no checkpoint here",
         where=str(path),
-        help="run without --resume, or with --resume-or-start",
+        help="run with --overwrite"
+        if is_begun
+        else "run without --resume, or with --resume-or-start",
     )
 
 
@@ -333,14 +355,24 @@ def _check_contents(path: Path, mode: Mode) -> None:
             help="choose another with --out",
         )
     if mode == "start" and (present - BEGUN - {"checkpoints"} or any(_checkpoints(path))):
-        facts = strict_json.read_object(path / RUN, "checkpoint")
-        status, updated = (printable(str(facts.get(key))) for key in ("status", "updated"))
+        goes_on = "--resume goes on with it, " if saved_steps(path / "checkpoints") else ""
         raise BadInput(
             "output.not-empty",
-            f"the folder holds a run that is {status} since {updated}",
+            f"the folder holds a run that {_state_of(path)}",
             where=str(path),
-            help="--resume goes on with it, --overwrite removes it, --out takes another folder",
+            help=f"{goes_on}--overwrite removes it, --out takes another folder",
         )
+
+
+def _state_of(path: Path) -> str:
+    """Say how far the run of a folder has come; nobody holds the folder's lock."""
+    facts = strict_json.read_object(path / RUN, "checkpoint")
+    status, started, updated = (
+        printable(str(facts.get(key))) for key in ("status", "started", "updated")
+    )
+    if status == "running":
+        return f"was killed; it began {started}"
+    return f"is {status} since {updated}"
 
 
 def _checkpoints(path: Path) -> Iterator[Path]:

@@ -58,6 +58,7 @@ def carry_out(run: Run) -> None:
     """Take the steps that are left; evaluate, save and stop where it is due."""
     plan = run.plan
     settings, steps = plan.recipe.train, plan.steps
+    run.clock(training=False)  # of getting ready
     with run.reporter:
         if run.state.owes_evaluation:
             conclude(run, saves=True, stopping=False)
@@ -99,6 +100,7 @@ def step(run: Run, index: int) -> bool:
         process when it is in one.
     """
     gradients, settings, total = run.gradients, run.plan.recipe.train, run.plan.steps.total
+    run.stop.doing = f"finishing step {index + 1}{_in_time(run)}, then saving"
     rate = optim.set_rate(run.optimizer, optim.factor(settings, index, total))
     tokens, trained = run.plan.steps.tokens_of(index)
     batches = run.plan.steps.step(index)  # none, where there are more processes than rows
@@ -163,6 +165,10 @@ def accumulate(run: Run, index: int, batches: Sequence[Batch], trained: int) -> 
     return None
 
 
+def _in_time(run: Run) -> str:
+    return "" if run.stop.grace is None else f", or dropping it where {run.stop.grace:g} s are few"
+
+
 def is_dropped(run: Run) -> bool:
     """Tell whether some process ended its part of a step early.
 
@@ -182,12 +188,12 @@ def read_numbers(run: Run, keep: int) -> bool:
     while len(run.pending) > keep:
         pending = run.pending.pop(0)
         loss, norm, spoilt, stops, scale = pending.numbers.read()
+        run.clock(training=True)
         asked |= stops > 0
         if spoilt:
             skip(run, pending.step, loss, norm, scale)
             continue
         run.state.loss = loss
-        seconds = time.monotonic() - run.began
         run.reporter.step(
             StepRecord(
                 step=pending.step + 1,
@@ -197,7 +203,7 @@ def read_numbers(run: Run, keep: int) -> bool:
                 grad_norm=norm,
                 tokens=pending.tokens,
                 trained_tokens=pending.trained_tokens,
-                tokens_per_second=(pending.tokens - run.first_token) / seconds,
+                tokens_per_second=run.state.rate(pending.tokens),
                 mem_used=run.runtime.used_bytes(),
                 mem_peak=run.peak_bytes(),
             )
@@ -260,6 +266,8 @@ def evaluate(run: Run) -> bool:
     Raises:
         RunFailed: when the loss is not finite.
     """
+    run.stop.doing = f"leaving the evaluation after step {run.state.step}, then saving"
+    run.reporter.evaluating(run.state.step)
     adapters.set_training(run.model, False)
     batches = eval_batches(run.plan.dataset.eval, packing=bool(run.plan.packing))
     share = itertools.islice(batches, run.runtime.process, None, run.runtime.processes)
@@ -270,6 +278,7 @@ def evaluate(run: Run) -> bool:
         dtype=torch.float64,
     )
     nll, tokens, stops = run.runtime.sum(sums.to(run.runtime.device)).tolist()
+    run.clock(training=False)
     if stops:
         return False
     loss, state = nll / max(1, tokens), run.state

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lorakit import adapters
+from lorakit.host import GIB
 from lorakit.model.families import head_of
 from lorakit.model.loss import Way, chunk_rows, way_of
 from lorakit.model.quantized import Quantization
@@ -130,6 +131,11 @@ class Memory:
     @property
     def total(self) -> int:
         return sum(self.parts.values())
+
+
+def gib(size: float) -> str:
+    """Write bytes as people read them, so that what is just too much shows as more."""
+    return f"{size / GIB:.2f} GiB"
 
 
 def estimate(shape: Shape, setup: Setup) -> Memory:

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from lorakit.errors import EnvironmentLacks, Notice, RunFailed
-from lorakit.host import GIB
 from lorakit.recipe.sections import Optimizer, Train
 from lorakit.storage.redact import printable
-from lorakit.training.memory import state_bytes
+from lorakit.training.memory import gib, state_bytes
 
 # What a paged optimizer is where there is no GPU to page from.
 UNPAGED: Mapping[Optimizer, Optimizer] = {
@@ -91,7 +90,7 @@ def build(
     if needed > free_bytes:
         raise RunFailed(
             "run.out-of-memory",
-            f"the states of {name} take {needed / GIB:.1f} GiB, {free_bytes / GIB:.1f} are free",
+            f"the states of {name} take {gib(needed)}, {gib(free_bytes)} are free",
             help="set train.optimizer: adamw_8bit, or lower adapter.rank",
         )
     optimizer = _made(name, split, section.learning_rate)

@@ -213,7 +213,7 @@ def make(
         setup,
         free,
         runtime.local_processes,
-        (*notices, *_warmup(recipe, steps.total)),
+        (*notices, *_warmup(recipe, steps.total), *checks.slow_dtype(recipe, dtype, device)),
     )
 
 

@@ -16,6 +16,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from lorakit.host import GIB
 from lorakit.storage.disk import append_line
 
+BAR = 12  # columns: of a terminal's 80 the rest holds a step, its time left, loss, speed and memory
+
 
 @dataclass(frozen=True)
 class StepRecord:
@@ -67,10 +69,9 @@ class Reporter:
     def step(self, record: StepRecord) -> None:
         """Record one step; show it when it is due."""
         left = self._left(record.step)
-        if self._bar and self._task is not None:
-            self._bar.update(
-                self._task, completed=record.step, description=_line(record, self.steps, left)
-            )
+        # What the bar leaves of a row, and a space between the two; a terminal may be resized.
+        room = self._bar.console.width - BAR - 1 if self._bar else None
+        self._show(record.step, _line(record, self.steps, left, room))
         due = record.step % self.log_every == 0 or record.step in (1, self.steps)
         if due:
             self._write(asdict(record))
@@ -81,10 +82,18 @@ class Reporter:
         self._write({"step": step, "skipped": True})
         self.say(f"step {step}/{self.steps}  skipped: loss {loss:g}, gradient norm {norm:g}")
 
+    def evaluating(self, step: int) -> None:
+        """Show that an evaluation has begun: it may take as long as many steps."""
+        self._show(step, f"step {step}/{self.steps}  evaluating")
+
     def evaluated(self, step: int, loss: float, best: bool) -> None:
         """Record an evaluation during training."""
         self._write({"step": step, "eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))})
         self.say(f"step {step}/{self.steps}  eval loss {loss:.4f}{'  best so far' if best else ''}")
+
+    def _show(self, step: int, text: str) -> None:
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, completed=step, description=text)
 
     def _left(self, step: int) -> float | None:
         """Estimate the seconds left from the steps of this session; the first one warms up."""
@@ -110,19 +119,23 @@ def duration(seconds: float) -> str:
     return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {rest:02d}s"
 
 
-def _line(record: StepRecord, steps: int, left: float | None) -> str:
-    parts = [
-        f"step {record.step}/{steps}",
-        f"loss {record.loss:.4f}",
-        f"lr {record.lr:.2e}",
-        f"grad {record.grad_norm:.2f}",
-        f"{record.tokens_per_second:,.0f} tokens/s",
-        f"{record.mem_peak / GIB:.1f} GiB",
-    ]
-    if left is not None and record.step < steps:
-        parts.append(f"{duration(left)} left")
-    return "  ".join(parts)
+def _line(record: StepRecord, steps: int, left: float | None, room: int | None = None) -> str:
+    """Return what is said of a step; in less room without what is missed least."""
+    to_come = "" if left is None or record.step == steps else f"  {duration(left)} left"
+    parts = {
+        "step": f"step {record.step}/{steps}{to_come}",
+        "loss": f"loss {record.loss:.4f}",
+        "rate": f"lr {record.lr:.2e}",
+        "norm": f"grad {record.grad_norm:.2f}",
+        "speed": f"{record.tokens_per_second:,.0f} tokens/s",
+        "memory": f"{record.mem_peak / GIB:.1f} GiB",
+    }
+    for name in ("norm", "rate", "memory", "speed", "loss"):
+        if room is None or len("  ".join(parts.values())) <= room:
+            break
+        del parts[name]
+    return "  ".join(parts.values())
 
 
 def _bar(console: Console) -> Progress:
-    return Progress(BarColumn(bar_width=24), TextColumn("{task.description}"), console=console)
+    return Progress(BarColumn(bar_width=BAR), TextColumn("{task.description}"), console=console)

@@ -29,7 +29,10 @@ from lorakit.training.progress import Reporter
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished run leaves behind, as `train --json` prints it."""
+    """What a finished run leaves behind, as `train --json` prints it; figures of all sessions.
+
+    `training_seconds` are those without evaluating and saving, `tokens_per_second` is of them.
+    """
 
     steps: int
     skipped: int
@@ -41,6 +44,7 @@ class Outcome:
     tokens_per_second: float
     peak_memory_bytes: int
     wall_seconds: float
+    training_seconds: float
 
 
 @dataclass(frozen=True)
@@ -71,12 +75,18 @@ class Run:
     state: State = field(default_factory=State)
     scale: LossScale = field(default_factory=lambda: LossScale(torch.device("cpu")))
     pending: list[Pending] = field(default_factory=list)
-    began: float = field(default_factory=time.monotonic)
-    first_token: int = 0
+    clocked: float = field(default_factory=time.monotonic)
     earlier_peak: int = 0
 
+    def clock(self, *, training: bool) -> None:
+        """Add the seconds since the last call to those of the run, and where so of training."""
+        now = time.monotonic()
+        self.state.seconds += now - self.clocked
+        self.state.training_seconds += (now - self.clocked) * training
+        self.clocked = now
+
     def peak_bytes(self) -> int:
-        """Return the most memory in use since the process began."""
+        """Return the most memory in use since the run began, in any session."""
         return max(self.earlier_peak, self.runtime.peak_bytes())
 
     def reset_peak(self) -> None:
@@ -124,7 +134,7 @@ def prepare(plan: Plan, runtime: Runtime, folder: RunFolder, reporter: Reporter,
     fp16 = plan.dtype is torch.float16
     run.scale = LossScale(runtime.device, loss_scale.LARGEST if fp16 else 1.0)
     if resume:
-        run.state, run.first_token = resume.state, resume.state.tokens
+        run.state, run.earlier_peak = resume.state, resume.state.peak_bytes
         run.state.inexact += folder.changes
         state = resume.state
         run.scale = LossScale(runtime.device, state.loss_scale, state.finite_steps)
@@ -182,6 +192,12 @@ def choose_loss(plan: Plan, runtime: Runtime, model: PreTrainedModel, begun: str
 
 def save(run: Run) -> None:
     """Write a checkpoint of the step just done, then let old ones go."""
+    done, total = run.state.step, run.plan.steps.total
+    run.stop.doing = f"saving step {done}"
+    if done < total:  # the answer to a signal is looked for after the next step
+        run.stop.doing += f", then finishing and saving step {done + 1}"
+    run.clock(training=False)
+    run.state.peak_bytes = run.peak_bytes()
     run.state.method = run.method.state()
     run.state.loss_scale = run.scale.value.item()
     run.state.finite_steps = int(run.scale.finite_steps)
@@ -199,6 +215,7 @@ def save(run: Run) -> None:
         keep = run.plan.recipe.train.keep_checkpoints
         checkpoint.prune(run.folder.checkpoints, keep, run.state.best_step)
     run.runtime.wait()
+    run.clock(training=False)
 
 
 def save_adapter(run: Run, path: Path, *, unchanged: bool = False) -> None:
@@ -214,7 +231,7 @@ def save_adapter(run: Run, path: Path, *, unchanged: bool = False) -> None:
 
 def outcome(run: Run) -> Outcome:
     """Sum up a finished run."""
-    seconds = time.monotonic() - run.began
+    run.clock(training=False)
     state = run.state
     return Outcome(
         steps=state.step,
@@ -224,7 +241,8 @@ def outcome(run: Run) -> Outcome:
         best_step=state.best_step,
         tokens=state.tokens,
         trained_tokens=state.trained_tokens,
-        tokens_per_second=(state.tokens - run.first_token) / seconds,
+        tokens_per_second=state.rate(state.tokens),
         peak_memory_bytes=run.peak_bytes(),
-        wall_seconds=seconds,
+        wall_seconds=state.seconds,
+        training_seconds=state.training_seconds,
     )

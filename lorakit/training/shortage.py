@@ -14,7 +14,7 @@ from lorakit.model.loss import token_loss
 from lorakit.scoring import put
 from lorakit.training.fitting import MARGIN, needed, scale_of, settle
 from lorakit.training.folder import RunFolder
-from lorakit.training.memory import estimate
+from lorakit.training.memory import estimate, gib
 from lorakit.training.plan import Plan
 from lorakit.training.run import Run
 
@@ -46,14 +46,14 @@ def explained(plan: Plan, folder: RunFolder) -> Iterator[None]:
 def out_of_memory(plan: Plan, folder: RunFolder, what: str) -> RunFailed:
     """Return the error that says what happened, where the memory goes, and what would fit."""
     parts = ", ".join(
-        f"{name} {size / GIB:.1f}" for name, size in plan.memory.parts.items() if size
+        f"{name} {size / GIB:.2f}" for name, size in plan.memory.parts.items() if size
     )
     budget = int(0.9 * min(plan.free_bytes, plan.memory.total))
     change = plan.change(budget, ran_out=True)
     help = "nothing in the recipe makes it much smaller; take a smaller base"
     if change:
         again = "the same result" if change.exact else "another result"
-        help = f"{change.options} needs about {change.memory.total / GIB:.1f} GiB, {again}"
+        help = f"{change.options} needs about {gib(change.memory.total)}, {again}"
     message = f"{what} (planned, in GiB: {parts})"
     if folder.resume or (folder.at_work and any(folder.checkpoints.glob("step-*"))):
         message += "; the last checkpoint is intact"
@@ -158,7 +158,7 @@ def correct(run: Run, batch: Batch) -> None:
     choose(run, limit, recomputed)
     tokens = run.plan.steps.micro_batch_tokens
     run.reporter.say(
-        f"a micro-batch took {peak / GIB:.1f} GiB, {found['estimated_bytes'] / GIB:.1f} were "
+        f"a micro-batch took {gib(peak)}, {gib(found['estimated_bytes'])} were "
         f"expected: now up to {tokens:,} tokens, {recomputed} layers computed again"
     )
 
@@ -228,5 +228,5 @@ def _place(run: Run, index: int, batch: Batch | None) -> str:
     rows, tokens = batch.input_ids.shape
     packed = f" from {len(batch.lengths)} rows" if batch.lengths else ""
     shape = f"{rows} x {tokens:,} tokens{packed}"
-    used = run.runtime.peak_bytes() / GIB
-    return f"step {index + 1}, a micro-batch of {shape}, {used:.1f} GiB used"
+    used = gib(run.runtime.peak_bytes())
+    return f"step {index + 1}, a micro-batch of {shape}, {used} used"

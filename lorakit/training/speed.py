@@ -122,7 +122,8 @@ class Rate:
             share = SHARE_GPU
         elif dtype.itemsize < 4:
             share = SHARE_AMX if has_amx() else SHARE_BF16
-        return cls(share * found, f"{share:.0%} of {found / 1e9:,.0f} GFLOP/s, measured now")
+        shown = f"{found / 1e9:,.0f}" if found >= 1e10 else f"{found / 1e9:.2g}"
+        return cls(share * found, f"{share:.0%} of {shown} GFLOP/s, measured now")
 
 
 def step_flops(shape: Shape, setup: Setup, tokens: float, squares: float) -> float:

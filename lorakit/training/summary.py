@@ -6,7 +6,7 @@ from lorakit.devices import DTYPES
 from lorakit.errors import one_of
 from lorakit.host import GIB
 from lorakit.storage.disk import free_space
-from lorakit.training.memory import OVERHEAD, Memory, optimizer_bytes
+from lorakit.training.memory import OVERHEAD, gib, optimizer_bytes
 from lorakit.training.optim import warmup_steps
 from lorakit.training.plan import Plan
 from lorakit.training.progress import duration
@@ -61,8 +61,8 @@ def lines(plan: Plan, rate: Rate | None = None, card: Card | None = None) -> lis
     parts = "  ".join(
         f"{name} {size / GIB:.2f}" for name, size in plan.memory.parts.items() if size
     )
-    left = (plan.free_bytes - plan.memory.total) / GIB
-    fits = f"yes, {left:.1f} GiB left of" if plan.fits else f"NO, {-left:.1f} GiB more than"
+    left = plan.free_bytes - plan.memory.total
+    fits = f"yes, {gib(left)} left of" if plan.fits else f"NO, {gib(-left)} more than"
     dtype = str(plan.dtype).removeprefix("torch.")
     held = f"  {plan.quantization}" if plan.quantization else ""
     return [
@@ -81,8 +81,8 @@ def lines(plan: Plan, rate: Rate | None = None, card: Card | None = None) -> lis
         *(("Data" if k == 0 else "", line) for k, line in enumerate(report.lines())),
         ("Steps", _steps(plan)),
         ("", _split(plan)),
-        ("Memory", f"{parts}  = {plan.memory.total / GIB:.2f} GiB (estimate)"),
-        ("Fits", f"{fits} {plan.free_bytes / GIB:.1f} GiB"),
+        ("Memory", f"{parts}  = {gib(plan.memory.total)} (estimate)"),
+        ("Fits", f"{fits} {gib(plan.free_bytes)}"),
         *([("Host", _host(plan))] if plan.setup.gpu else []),
         ("Disk", _disk(plan)),
         *([("Time", _time(plan, rate))] if rate else []),
@@ -120,11 +120,6 @@ def _compiled(plan: Plan) -> str:
     return ", the loss compiled" if plan.compiled and plan.shape.way == "ready" else ""
 
 
-def gib(memory: Memory) -> str:
-    """Write a total as people read it."""
-    return f"{memory.total / GIB:.1f} GiB"
-
-
 def seconds(plan: Plan, rate: Rate) -> float:
     """Return how long a step is expected to take."""
     steps = plan.steps
@@ -152,7 +147,7 @@ def host_bytes(plan: Plan) -> int:
 def _host(plan: Plan) -> str:
     several = plan.local_processes > 1
     gpus = f"{plan.local_processes} GPUs" if several else "the GPU"
-    return f"{host_bytes(plan) / GIB:.2f} GiB beside {gpus}"
+    return f"{gib(host_bytes(plan))} beside {gpus}"
 
 
 def _merge_bytes(plan: Plan) -> int:
@@ -187,13 +182,17 @@ def _disk(plan: Plan) -> str:
     *parts, (_, free) = disk_bytes(plan).items()
     shown = "  ".join(f"{name} {size / GIB:.2f}" for name, size in parts if size)
     total = sum(size for _, size in parts)
-    return f"{shown}  = {total / GIB:.2f} GiB, {free / GIB:.1f} GiB free"
+    return f"{shown}  = {gib(total)}, {gib(free)} free"
 
 
 def _time(plan: Plan, rate: Rate) -> str:
     step = seconds(plan, rate)
     each = f"{step:.2g} s" if step < 10 else duration(step)
-    return f"{each} a step, {duration(step * plan.steps.total)} in all (estimate: {rate.source})"
+    total = step * plan.steps.total
+    whole = f"{duration(total)} in all"
+    if total < 1:
+        whole = "under a second of arithmetic in all, so starting up takes most of the time"
+    return f"{each} a step, {whole} (estimate: {rate.source})"
 
 
 def _no_time(card: Card) -> str:

@@ -10,7 +10,17 @@ import pytest
 
 from lorakit.runtime import Runtime
 from lorakit.training import passports
-from tests.bad_inputs.cases import ROWS, RUN, Case, World, check_refused, is_said, run
+from tests.bad_inputs.cases import (
+    ROWS,
+    RUN,
+    Case,
+    World,
+    check_refused,
+    is_said,
+    run,
+    shown_without_json,
+    tree,
+)
 from tests.tiny import write_tiny_model
 
 STEPS = f"{RUN}/checkpoints"
@@ -196,6 +206,7 @@ ODD_ROWS = (
 
 
 def test_rows_that_no_run_wrote_are_left_out_of_the_metrics(world: World) -> None:
+    world.change(f"{RUN}/run.json", status="interrupted")
     metrics = world.write(f"{RUN}/metrics.jsonl", ODD_ROWS)
     assert run(RESUME).exit == 0
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
@@ -215,3 +226,26 @@ def test_resume_or_start_says_which_of_the_two_it_did(world: World) -> None:
         ended = run(command)
         assert ended.exit == 0
         assert told in ended.stderr
+        world.change("runs/new/run.json", status="interrupted")
+
+
+@pytest.mark.parametrize("mode", ["--resume", "--resume-or-start"])
+def test_a_finished_run_is_left_as_it_is_with_its_figures(mode: str, world: World) -> None:
+    before = tree(world.folder)
+    facts = json.loads(world.path(f"{RUN}/run.json").read_text())
+    command = ["train", "recipe.yaml", mode]
+    ended = run(command)
+    assert ended.exit == 0, ended.stderr
+    for figure in ("tokens", "tokens_per_second", "wall_seconds", "final_loss"):
+        assert ended.document[figure] == facts[figure] > 0
+    shown, _ = shown_without_json(command)
+    assert "already finished (6 of 6 steps); nothing to do" in shown
+    assert tree(world.folder) == before
+
+
+def test_a_finished_run_is_merged_where_that_is_asked_for_later(world: World) -> None:
+    command = [*RESUME, "--set", "merge.enabled=true"]
+    for told in (("Merged", "Trained   6 steps", "s training, "), ("Merged", "nothing to do")):
+        shown, _ = shown_without_json(command)
+        assert all(one in shown for one in told), shown
+    assert world.path(f"{RUN}/merged/model.safetensors").is_file()

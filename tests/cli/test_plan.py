@@ -110,6 +110,28 @@ def test_a_plan_that_does_not_fit_exits_1(recipe: str, monkeypatch: pytest.Monke
     assert document["error"]["hint"].startswith("nothing in the recipe")
 
 
+def test_what_is_just_too_little_shows_as_less(
+    recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One decimal said: 0.0 GiB more than 0.8 GiB; needs about 0.8 GiB, 0.8 GiB are there."""
+    plan = ["plan", recipe, "-s", "train.gradient_checkpointing=true"]
+    plan += ["-s", "train.micro_batch_size=1"]
+    total = json.loads(runner.invoke(app, [*plan, "--json"]).stdout)["memory"]["total"]
+    free = total - (20 << 20)
+    monkeypatch.setattr(Runtime, "free_bytes", lambda _: free)
+    ended = runner.invoke(app, plan)
+    assert f"Fits      NO, 0.02 GiB more than {free / 2**30:.2f} GiB" in ended.stdout
+    told = f"needs about {total / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are there"
+    assert told in ended.stderr
+    assert " of 0.95 GiB" in runner.invoke(app, [*plan, "--gpu", "0.95GiB"]).stdout
+
+
+def test_arithmetic_of_less_than_a_second_is_not_told_as_none(recipe: str) -> None:
+    shown = runner.invoke(app, ["plan", recipe, "--gpu", "L40S"]).stdout
+    assert "under a second of arithmetic in all, so starting up takes most of the time" in shown
+    assert " 0s " not in shown
+
+
 def test_train_warns_where_the_plan_does_not_fit(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,6 +257,21 @@ def test_a_paged_optimizer_without_a_gpu_is_told_or_refused(recipe: str) -> None
     )
     assert ended.exit_code == 4
     assert json.loads(ended.stdout)["error"]["id"] == "env.missing-device"
+
+
+def test_a_dtype_without_fast_kernels_is_told(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = torch.ops.mkldnn
+    monkeypatch.setattr(library, "_is_mkldnn_fp16_supported", lambda: False, raising=False)
+    slow = ["plan", recipe, "-s", "model.dtype=fp16"]
+    (warning,) = json.loads(runner.invoke(app, [*slow, "--json"]).stdout)["warnings"]
+    assert warning["id"] == "run.slow-dtype"
+    assert "fp16 has no fast kernels on this CPU" in warning["message"]
+    ended = runner.invoke(app, slow)
+    assert "set model.dtype to auto" in ended.stderr
+    assert " 0 GFLOP/s" not in ended.stdout
+    # A card has them.
+    on_card = json.loads(runner.invoke(app, [*slow, "--gpu", "L40S", "--json"]).stdout)
+    assert on_card["warnings"] == []
 
 
 def test_offload_without_a_gpu_recomputes_all_layers_and_says_so(recipe: str) -> None:

@@ -199,7 +199,7 @@ def test_a_disk_that_is_too_small_is_told(models: Path, monkeypatch: pytest.Monk
     arguments = ["-s", f"model.path={path}", *LONG, "--gpu", "24GiB"]
     ended = CliRunner().invoke(app, ["plan", "llama7b-qv", *arguments])
     assert ended.exit_code == 1
-    assert "12.8 GiB of disk, 1.0 GiB are there" in ended.stderr
+    assert "12.75 GiB of disk, 1.00 GiB are there" in ended.stderr
 
 
 def test_a_card_is_a_name_or_a_size() -> None:

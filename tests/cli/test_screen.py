@@ -138,6 +138,22 @@ def test_wrong_usage_is_one_document_too(
     assert document["error"]["message"] in shown.err
 
 
+@pytest.mark.parametrize("arguments", [[], ["data"], ["recipes"]])
+def test_a_command_without_arguments_is_explained_as_by_help(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = []
+    for more, code in (([], 2), (["--help"], 0)):
+        monkeypatch.setattr(sys, "argv", ["lorakit", *arguments, *more])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == code
+        shown.append(capsys.readouterr())
+    assert shown[0] == shown[1]
+    assert len(shown[0].out.splitlines()) > 5
+    assert not shown[0].err
+
+
 def test_debug_shows_the_traceback() -> None:
     ended = runner.invoke(app_that(fail_with(BadInput("usage", "wrong"))), ["--debug"])
     assert ended.exit_code == 2
@@ -236,6 +252,23 @@ def test_work_goes_on_when_nobody_reads_what_it_says() -> None:
     assert run.wait() == 0
     os.close(result)
     assert os.read(done, 10) == b"done"
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_a_signal_is_answered_past_the_buffer_of_the_stream(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, live: bool
+) -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as said, os.fdopen(writing, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setattr(Screen, "live", live)
+        stream.write("half of a line")
+        screen = Screen("train", quiet=True)
+        screen.log_to(tmp_path / "log.txt")
+        screen.answer("finishing step 2", progress=True)
+        screen.answer("stopped")
+        assert os.read(said.fileno(), 100) == b"\r\x1b[2K" * live + b"stopped\n"
+    assert (tmp_path / "log.txt").read_text() == "finishing step 2\nstopped\n"
 
 
 def test_the_log_holds_what_was_said_before_there_was_one(tmp_path: Path) -> None:

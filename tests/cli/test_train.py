@@ -148,6 +148,65 @@ def test_sigterm_saves_and_exits_75_and_the_resumed_run_is_bit_equal(folder: Pat
     assert len(json.loads((folder / "cut" / "run.json").read_text())["resumes"]) == 1
 
 
+SLOW_STEP = """
+import os
+import time
+from pathlib import Path
+from lorakit.training import loop
+
+def slow(model, batch):
+    if os.environ.get("RANK", "0") == "0":
+        Path("under way").touch()
+    for _ in range(6000):
+        time.sleep(0.01)
+
+loop.token_loss = slow
+
+def row(value):
+    return value
+"""
+
+
+@pytest.mark.parametrize("more", [("--quiet",), ("--nproc", "2")])
+def test_ctrl_c_is_answered_within_a_step_and_a_second_one_is_written_down(
+    folder: Path, more: tuple[str, ...]
+) -> None:
+    """A step may take minutes, and nothing tells a run that ends one from a run that hangs."""
+    (folder / "slow.py").write_text(SLOW_STEP)
+    (folder / "under way").unlink(missing_ok=True)
+    name = "-".join(["slow", *more])
+    given = ["--out", name, "--set", "data.format=slow:row", "--allow-local-code"]
+    given += [
+        "--set",
+        "data.eval=null",
+        "--set",
+        "train.micro_batch_size=6",
+        "--set",
+        "train.compile=false",
+    ]
+    run = start(folder, *given, *more)
+    deadline = time.monotonic() + 60
+    while not (folder / "under way").exists():
+        assert time.monotonic() < deadline
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.01)
+    os.killpg(run.pid, signal.SIGINT)
+    said = "finishing step 1, then saving; Ctrl-C again stops without saving\n"
+    log = folder / name / "log.txt"
+    while said not in log.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(run.pid, signal.SIGINT)
+    _, err = finish(run, exit=-signal.SIGINT)
+    lost = "stopped by SIGINT without saving: nothing was saved; start again with: lorakit train"
+    assert err.count(said) == (0 if "--quiet" in more else 1)
+    assert err.count(lost) == 1
+    assert " --overwrite" in err
+    assert "Traceback" not in err
+    facts = json.loads((folder / name / "run.json").read_text())
+    assert (facts["status"], facts["ended_by"]) == ("interrupted", "a second SIGINT")
+
+
 def test_ctrl_c_reaches_every_process_once(folder: Path) -> None:
     long = ["--nproc", "2", "--set", "train.epochs=2000", "--set", "train.log_every=1"]
     run = start(folder, "--out", "both", *long)

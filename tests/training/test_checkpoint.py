@@ -130,6 +130,30 @@ def test_a_loss_scale_that_no_run_can_have_is_damage(
         checkpoint.newest(tmp_path)
 
 
+def test_one_that_holds_no_figures_yet_opens_and_its_tokens_have_no_time(tmp_path: Path) -> None:
+    folder = write(tmp_path, 1)
+    content = json.loads((folder / "state.json").read_text())
+    for key in ("seconds", "training_seconds", "untimed_tokens", "peak_bytes"):
+        del content["state"][key]
+    forge(folder, json.dumps(content))
+    found, _ = checkpoint.newest(tmp_path)
+    assert found is not None
+    state = found.state
+    assert (state.tokens, state.seconds, state.rate(state.tokens)) == (10, 0.0, 0.0)
+    state.tokens, state.seconds, state.training_seconds = 40, 4.0, 3.0
+    assert state.rate(state.tokens) == 30 / 3
+
+
+@pytest.mark.parametrize(("key", "value"), [("training_seconds", 2.5), ("untimed_tokens", -1)])
+def test_figures_that_no_run_can_have_are_damage(tmp_path: Path, key: str, value: float) -> None:
+    folder = write(tmp_path, 1)
+    content = json.loads((folder / "state.json").read_text())
+    content["state"] |= {"seconds": 2.0, key: value}
+    forge(folder, json.dumps(content))
+    with pytest.raises(RunFailed, match=rf"state\.{key} is {value}"):
+        checkpoint.newest(tmp_path)
+
+
 def forge(folder: Path, state: str) -> None:
     (folder / "state.json").write_text(state)
     (folder / "manifest.json").unlink()

@@ -45,9 +45,13 @@ def test_a_new_folder_is_made_and_ends_finished(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("error", "expected"),
-    [(RuntimeError("no"), "failed"), (Interrupted("run.interrupted", "stopped"), "interrupted")],
+    [
+        (RuntimeError("no"), "failed"),
+        (Interrupted("run.interrupted", "stopped"), "interrupted"),
+        (Signalled(signal.SIGINT), "interrupted"),
+    ],
 )
-def test_the_status_says_how_it_ended(tmp_path: Path, error: Exception, expected: str) -> None:
+def test_the_status_says_how_it_ended(tmp_path: Path, error: BaseException, expected: str) -> None:
     with pytest.raises(type(error)), opened(tmp_path / "run", "start", ALONE, PINNED):
         raise error
     assert status(tmp_path / "run") == expected
@@ -153,6 +157,36 @@ def test_a_failed_run_with_something_to_keep_stays(tmp_path: Path, kept: str) ->
     ):
         pass
     assert (path / kept).exists()
+
+
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [("running", "a run that was killed; it began 9:00"), ("interrupted", "is interrupted since")],
+)
+def test_a_start_says_what_became_of_the_run_that_is_there_and_what_goes_on(
+    tmp_path: Path, status: str, told: str
+) -> None:
+    """Nobody holds the folder, so nothing runs there; nothing goes on without a checkpoint."""
+    facts = {"status": status, "started": "9:00", "updated": "9:05"}
+    (tmp_path / "run.json").write_text(json.dumps(facts))
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    helps = []
+    for _ in range(2):
+        with (
+            pytest.raises(BadInput, match=told) as caught,
+            opened(tmp_path, "start", ALONE, PINNED),
+        ):
+            pass
+        helps.append(str(caught.value.help))
+        if len(helps) == 1:
+            with pytest.raises(BadInput) as none, opened(tmp_path, "resume", ALONE, PINNED):
+                pass
+            assert (none.value.id, none.value.help) == ("checkpoint.none", "run with --overwrite")
+        checkpoint.save(
+            tmp_path / "checkpoints", State(step=2), PINNED, {}, lambda path: path.mkdir()
+        )
+    assert helps[0] == "--overwrite removes it, --out takes another folder"
+    assert helps[1] == f"--resume goes on with it, {helps[0]}"
 
 
 def test_a_run_that_ended_between_the_question_and_the_lock_stays(

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,8 +24,8 @@ from lorakit.processes import Stop
 from lorakit.recipe.reader import read
 from lorakit.runtime import Runtime
 from lorakit.scoring import RowScore
+from lorakit.training import checkpoint, loop, loss_scale, passports
 from lorakit.training import folder as folders
-from lorakit.training import loop, loss_scale, passports
 from lorakit.training.folder import Mode
 from lorakit.training.plan import Permissions, Plan, make
 from lorakit.training.progress import Reporter, StepRecord
@@ -251,6 +252,44 @@ def test_an_evaluation_that_a_signal_cut_short_is_taken_on_resume(
     assert resumed.final_loss == whole.final_loss
     assert resumed.best_eval_loss == whole.best_eval_loss
     assert resumed.best_step == whole.best_step == 3
+
+
+def test_the_figures_of_a_resumed_run_are_those_of_all_its_sessions(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rate of all tokens by the seconds of one session was several times too high."""
+    whole, _, _ = carry_out(folder, tmp_path / "whole")
+    real, slow = loop.step, [True]
+
+    def step(run: Any, index: int) -> bool:
+        time.sleep(0.2 if slow else 0.0)
+        return real(run, index)
+
+    monkeypatch.setattr(loop, "step", step)
+    with monkeypatch.context() as patch:
+        patch.setattr(Runtime, "peak_bytes", lambda _: 10**15)
+        with pytest.raises(Interrupted):
+            carry_out(folder, tmp_path / "cut", stop_after=2)
+    slow.clear()
+    outcome, records, _ = carry_out(folder, tmp_path / "cut", "resume")
+    assert outcome.tokens == whole.tokens
+    assert outcome.wall_seconds > outcome.training_seconds > 0.4
+    assert outcome.tokens_per_second == outcome.tokens / outcome.training_seconds
+    assert records[-1].tokens_per_second == pytest.approx(outcome.tokens_per_second)
+    assert outcome.peak_memory_bytes == records[0].mem_peak == 10**15
+
+
+def test_evaluating_and_saving_count_as_time_of_the_run_and_not_of_training(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score, save = loop.score, checkpoint.save
+    monkeypatch.setattr(loop, "score", lambda *given: (time.sleep(0.5), score(*given))[1])
+    monkeypatch.setattr(checkpoint, "save", lambda *given: (time.sleep(0.7), save(*given))[1])
+    outcome, records, _ = carry_out(folder, tmp_path / "run", max_steps=4, eval_every=2)
+    apart = 2 * 0.5 + 2 * 0.7
+    assert outcome.wall_seconds - outcome.training_seconds > apart
+    assert records[-1].tokens_per_second == pytest.approx(outcome.tokens_per_second)
+    assert outcome.tokens_per_second == outcome.tokens / outcome.training_seconds
 
 
 def test_the_best_step_is_saved_where_no_checkpoint_was_due(

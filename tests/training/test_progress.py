@@ -1,9 +1,11 @@
 """What a run shows off a terminal and what it records."""
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from lorakit.training.progress import Reporter, StepRecord, duration
 
@@ -40,6 +42,32 @@ def test_lines_come_every_log_every_steps_with_the_first_and_the_last(tmp_path: 
     assert [row["step"] for row in rows] == [1, 3, 6, 7, 7]
     assert rows[-1]["eval_loss"] == 1.25
     assert all("monotonic" in row for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("width", "gone"), [(120, set()), (80, {"grad", "lr"}), (40, {"grad", "lr", "GiB", "loss"})]
+)
+def test_a_narrow_terminal_keeps_the_step_and_the_time_left(
+    width: int, gone: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Reporter, "_left", lambda *_: 168.0)
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=width)
+    with Reporter(24, 100, say=lambda _: None, console=console, metrics=None) as reporter:
+        reporter.step(record(2))
+    shown = screen.getvalue()
+    assert "step 2/24  2m 48s left" in shown
+    assert "…" not in shown
+    assert {part for part in ("grad", "lr", "GiB", "loss") if part not in shown} == gone
+
+
+def test_an_evaluation_shows_while_it_runs() -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=80)
+    with Reporter(7, 3, say=lambda _: None, console=console, metrics=None) as reporter:
+        reporter.step(record(3))
+        reporter.evaluating(3)
+    assert "step 3/7  evaluating" in screen.getvalue()
 
 
 def test_a_skipped_step_is_said_and_recorded(tmp_path: Path) -> None:

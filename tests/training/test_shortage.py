@@ -80,7 +80,7 @@ def test_the_message_says_where_and_what_would_fit(
     assert "the last checkpoint is intact" in error.message
     assert error.help is not None
     assert error.help == (
-        "-s train.micro_batch_size=4 needs about 0.0 GiB, the same result; "
+        "-s train.micro_batch_size=4 needs about 0.00 GiB, the same result; "
         "-s train.on_oom=halve makes micro-batches smaller by itself"
     )
     assert isinstance(error.__cause__, torch.OutOfMemoryError)

@@ -66,6 +66,13 @@ def test_a_step_reaches_less_of_products_that_are_faster(monkeypatch: pytest.Mon
     assert share(torch.bfloat16, amx=True) == speed.SHARE_GPU
 
 
+def test_a_rate_below_one_gflops_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Runtime, "product_rate", lambda *_: 0.34e9)
+    monkeypatch.setattr(speed, "has_amx", lambda: False)
+    found = Rate.measured(Runtime(torch.device("cpu")), torch.float16)
+    assert found.source == "57% of 0.34 GFLOP/s, measured now"
+
+
 @pytest.mark.model
 @pytest.mark.slow  # two steps of 135 M parameters
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
