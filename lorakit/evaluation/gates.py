@@ -16,7 +16,8 @@ from lorakit.errors import BadInput, CheckFailed, LorakitError, Place
 from lorakit.evaluation.metrics import Tally, bootstrap
 from lorakit.evaluation.results import finite
 from lorakit.recipe.bounds import Bound, read_bound
-from lorakit.recipe.sections import Eval, Origin
+from lorakit.recipe.origin import Origin
+from lorakit.recipe.sections import Eval
 
 
 @dataclass(frozen=True)

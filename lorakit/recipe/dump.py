@@ -9,7 +9,8 @@ from itertools import chain, repeat
 from typing import Any
 
 from lorakit.recipe import files
-from lorakit.recipe.sections import Origin, Recipe, Source
+from lorakit.recipe.origin import Origin
+from lorakit.recipe.sections import Recipe, Source
 from lorakit.recipe.yaml_nodes import Path as Keys
 from lorakit.recipe.yaml_nodes import resolve
 from lorakit.storage.redact import printable

@@ -12,10 +12,11 @@ from lorakit.recipe import files, rules, texts
 from lorakit.recipe.dump import dump
 from lorakit.recipe.expected import shown
 from lorakit.recipe.layers import Layers
+from lorakit.recipe.origin import Origin
 from lorakit.recipe.overrides import apply
 from lorakit.recipe.problems import Names, explain
 from lorakit.recipe.schema import settings_of_any
-from lorakit.recipe.sections import DEFAULT_METHOD, Adapter, Origin, Recipe, Section
+from lorakit.recipe.sections import DEFAULT_METHOD, Adapter, Recipe, Section
 from lorakit.recipe.yaml_nodes import Node, dotted, problem
 
 __all__ = ["Foreign", "Settings", "dump", "read"]

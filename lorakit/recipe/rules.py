@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from datetime import date
 
 from lorakit.errors import BadInput, Notice, one_of
-from lorakit.recipe.sections import GENERATED, Eval, Origin, Recipe, Train
+from lorakit.recipe.origin import Origin
+from lorakit.recipe.sections import GENERATED, Eval, Recipe, Train
 from lorakit.recipe.texts import steering, too_long
 from lorakit.recipe.yaml_nodes import Path, dotted, problem
 from lorakit.storage.redact import printable

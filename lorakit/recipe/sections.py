@@ -7,7 +7,6 @@ folder it is relative to.
 """
 
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, LiteralString, Self
 
@@ -26,7 +25,7 @@ from pydantic_core import PydanticCustomError
 
 from lorakit.errors import Place
 from lorakit.recipe.bounds import read_bound
-from lorakit.recipe.files import RESOLVED
+from lorakit.recipe.origin import Origin
 
 DEFAULT_METHOD = "lora"
 SHORTEST_ROW = 8  # tokens that `data.max_length` allows at least
@@ -330,35 +329,6 @@ class Merge(Section):
     )
     measure: bool = Field(True, description="of such a base: the losses before and after")
     out: str = Field("{output_dir}/merged", min_length=1, description="folder of the merged model")
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a recipe came from, for paths that are relative to it and for messages about it.
-
-    All origins compare equal: two recipes are the same when they say the same.
-    """
-
-    path: Path = field(compare=False)
-    text: bytes = field(compare=False)
-    places: dict[tuple[str | int, ...], Place] = field(default_factory=dict, compare=False)
-
-    @property
-    def name(self) -> str:
-        """What a run of the recipe is called; that of a run's own recipe is the run's name."""
-        if self.path.name == RESOLVED:
-            return self.path.absolute().parent.name
-        return self.path.name.removesuffix(self.path.suffix)
-
-    @property
-    def folder(self) -> Path:
-        return self.path.parent
-
-    def place(self, *key: str | int) -> Place:
-        """Return where a key stands, or the nearest section above it that the file has."""
-        while key and key not in self.places:
-            key = key[:-1]
-        return self.places.get(key, Place(str(self.path)))
 
 
 class Recipe(Section):

@@ -6,7 +6,8 @@ import torch
 from lorakit.errors import BadInput, CheckFailed, Place
 from lorakit.evaluation.gates import judge, limits, verdict
 from lorakit.evaluation.metrics import Tally, from_marks
-from lorakit.recipe.sections import Eval, Gate, Origin
+from lorakit.recipe.origin import Origin
+from lorakit.recipe.sections import Eval, Gate
 
 
 def origin() -> Origin:

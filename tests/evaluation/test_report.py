@@ -13,7 +13,8 @@ from lorakit.evaluation.generation import Generation
 from lorakit.evaluation.metrics import from_marks, from_scores
 from lorakit.evaluation.report import Report
 from lorakit.evaluation.results import Measured, Results
-from lorakit.recipe.sections import Eval, Gate, Origin
+from lorakit.recipe.origin import Origin
+from lorakit.recipe.sections import Eval, Gate
 from lorakit.scoring import RowScore
 
 ODD = "bell \x07 escape \x1b[31m and </failure>"
