@@ -1,5 +1,6 @@
 """The disk refuses: full, broken, too small a file, no more files, read only, somebody else's."""
 
+import json
 import os
 import re
 import resource
@@ -140,12 +141,15 @@ def of_somebody_else(subject: Subject, case: int, folder: Path) -> None:
     """Run as another account in a folder that it may read and not write."""
     if os.geteuid():
         raise Missing("only root can become somebody else")
-    kind = case % 5
+    kind = case % 6
     out = folder / "run"
     for path in (folder, *folder.parents[:-2]):
         path.chmod(path.stat().st_mode | 0o055)
-    if kind == 1:
+    if kind in (1, 5):
         copied(subject.whole, out)
+        if kind == 1:
+            facts = json.loads((out / "run.json").read_text())
+            (out / "run.json").write_text(json.dumps(facts | {"status": "interrupted"}))
     elif kind == 2:
         out.mkdir()
         out.chmod(0o555)
@@ -162,8 +166,13 @@ def of_somebody_else(subject: Subject, case: int, folder: Path) -> None:
         os.chown(folder, NOBODY, NOBODY)
     before = tree(folder)
     ended = run(as_nobody(subject.train(out)))
-    assert ended.code == 3, ended
-    assert "error[storage.denied]" in ended.said, ended
+    if kind == 5:  # it has nothing to write: the run is finished
+        assert ended.code == 0, ended
+        assert "already finished" in ended.said, ended
+        assert "warning[checkpoint.of-another]" in ended.said, ended
+    else:
+        assert ended.code == 3, ended
+        assert "error[storage.denied]" in ended.said, ended
     assert "step 1/" not in ended.said, f"a step was taken first: {ended}"
     if kind != 3:
         assert tree(folder) == before
@@ -217,6 +226,6 @@ TRIALS = [
         1,
         not_moved,
     ),
-    Trial("h1", "folders that are read only or somebody else's", 20, 5, of_somebody_else),
+    Trial("h1", "folders that are read only or somebody else's", 20, 6, of_somebody_else),
     Trial("h2", "inputs that are read only and somebody else's", 10, 1, inputs_read_only),
 ]
