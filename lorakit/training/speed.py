@@ -15,10 +15,10 @@ from lorakit.runtime import Runtime
 from lorakit.training.memory import Setup, Shape
 
 # What of the rate of large products a whole step reaches. On a CPU the median of lorakit's arms in
-# C1 to C4, A3 and A4 of `scripts/bench/results/cpu-*.json`, steps of 135 M parameters: 0.36 to 0.72
-# in fp32, 0.54 to 0.61 in bf16, and 0.21 to 0.30 where AMX multiplies so fast that products are the
+# C1 to C4, A3 and A4 of `scripts/bench/results/cpu-*.json`, steps of 135 M parameters: 0.36 to 0.73
+# in fp32, 0.48 to 0.60 in bf16, and 0.21 to 0.30 where AMX multiplies so fast that products are the
 # lesser part of a step. On a GPU it is a guess: nothing was measured yet.
-SHARE_FP32, SHARE_BF16, SHARE_AMX, SHARE_GPU = 0.6, 0.57, 0.25, 0.5
+SHARE_FP32, SHARE_BF16, SHARE_AMX, SHARE_GPU = 0.63, 0.57, 0.25, 0.5
 
 
 @dataclass(frozen=True)
