@@ -142,18 +142,11 @@ def _opened(
 ) -> "tuple[Recipe, PreTrainedTokenizerBase, int | None]":
     """Return the recipe, the base's tokenizer and the positions that there are for a row."""
     from lorakit import adapters
-    from lorakit.cli.recipe_argument import read_recipe
-    from lorakit.environment import cache_folder
+    from lorakit.cli.recipe_argument import base_of, read_recipe
     from lorakit.model import base
 
     loaded = read_recipe(screen, recipe, changes)
-    found = base.find(
-        loaded.model,
-        loaded.origin.folder,
-        offline=screen.offline,
-        allow_remote_code=allow_remote_code,
-        cache=cache_folder(),
-    )
+    found = base_of(screen, loaded, allow_remote_code=allow_remote_code)
     screen.notice(*found.notices)
     method = adapters.get(loaded.adapter.method)(loaded.adapter)
     return loaded, base.load_tokenizer(found), method.context(found.context)

@@ -86,19 +86,12 @@ def doctor(
 def _recipe(
     screen: Screen, name: str, changes: list[str] | None, allow_remote_code: bool
 ) -> tuple[str, list[str]]:
-    from lorakit.cli.recipe_argument import read_recipe
+    from lorakit.cli.recipe_argument import base_of, read_recipe
     from lorakit.errors import LorakitError
-    from lorakit.model import base
 
     recipe = read_recipe(screen, name, changes)
     try:
-        found = base.find(
-            recipe.model,
-            recipe.origin.folder,
-            offline=screen.offline,
-            allow_remote_code=allow_remote_code,
-            cache=environment.cache_folder(),
-        )
+        found = base_of(screen, recipe, allow_remote_code=allow_remote_code)
     except LorakitError as error:
         return f"{recipe.origin.path}: the base cannot be had", [error.message]
     return f"{recipe.origin.path}: base {found.name} found", []

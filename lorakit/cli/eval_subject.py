@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit import adapters, environment
 from lorakit.adapters import Saved
+from lorakit.cli.recipe_argument import base_of
 from lorakit.cli.screen import Screen
 from lorakit.data.cache import prepared
 from lorakit.data.items import Request
@@ -83,13 +84,7 @@ def opened(
             help=f"lorakit train {recipe.origin.path}, or --adapter DIR, or --base-only",
         )
     saved = adapters.read(path) if path else None
-    base = bases.find(
-        recipe.model,
-        recipe.origin.folder,
-        offline=screen.offline,
-        allow_remote_code=allow_remote_code,
-        cache=environment.cache_folder(),
-    )
+    base = base_of(screen, recipe, allow_remote_code=allow_remote_code)
     screen.notice(*base.notices)
     if saved:
         notice = adapters.check_base(saved, base)

@@ -1,12 +1,16 @@
-"""Read the recipe that a command was given: a path, a packaged name, or the only one around."""
+"""The recipe that a command was given, by path, by name or as the only one, and its base."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lorakit import adapters, environment
 from lorakit.cli.screen import Screen, usage
 from lorakit.recipe.reader import read
 from lorakit.recipe.sections import Recipe
+
+if TYPE_CHECKING:
+    from lorakit.model.base import Base
 
 FOLDER = Path("recipes")
 
@@ -27,6 +31,23 @@ def read_recipe(screen: Screen, argument: str, overrides: Sequence[str] | None) 
         foreign=adapters.foreign,
     )
     return screen.recipe
+
+
+def base_of(screen: Screen, recipe: Recipe, *, allow_remote_code: bool) -> "Base":
+    """Find and check the base of a recipe; none of its weights is read.
+
+    Raises:
+        LorakitError: as `model.base.find` does.
+    """
+    from lorakit.model import base
+
+    return base.find(
+        recipe.model,
+        recipe.origin.folder,
+        offline=screen.offline,
+        allow_remote_code=allow_remote_code,
+        cache=environment.cache_folder(),
+    )
 
 
 def _only_recipe() -> str:

@@ -6,7 +6,6 @@ fall into documents. What a kernel returns besides its output is kept for its ba
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -106,7 +105,7 @@ class OnHost:
         out, sums = torch.empty_like(q), []
         for at, count, length in self.documents.within(len(q)):
             qs, ks, vs = (by_document(t[at], count, length) for t in (q, k, v))
-            if _is_grouped(q, length) and not _has_amx():
+            if _is_grouped(q, length) and not has_amx():
                 piece = grouped(qs, ks, vs, self.scale)
             else:
                 piece, kept = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -201,10 +200,5 @@ def by_document(states: Tensor, count: int, length: int) -> Tensor:
 
 
 def _is_grouped(query: Tensor, length: int) -> bool:
-    most = GROUPED_TOKENS_AMX if _has_amx() else GROUPED_TOKENS
+    most = GROUPED_TOKENS_AMX if has_amx() else GROUPED_TOKENS
     return query.dtype is torch.bfloat16 and length <= most
-
-
-@cache
-def _has_amx() -> bool:
-    return has_amx()

@@ -297,17 +297,11 @@ def supersede(metrics: Path, step: int) -> None:
 
 
 def _nothing_to_resume(path: Path) -> BadInput:
-    is_begun = os.path.lexists(
-        path / RUN
-    )  # which a run without a mode might have to leave as it is
-    return BadInput(
-        "checkpoint.none",
-        "--resume finds no checkpoint here",
-        where=str(path),
-        help="run with --overwrite"
-        if is_begun
-        else "run without --resume, or with --resume-or-start",
-    )
+    help = "run without --resume, or with --resume-or-start"
+    if os.path.lexists(path / RUN):  # which a run without a mode might have to leave as it is
+        help = "run with --overwrite"
+    message = "--resume finds no checkpoint here"
+    return BadInput("checkpoint.none", message, where=str(path), help=help)
 
 
 def check_free(path: Path, mode: Mode) -> None:
